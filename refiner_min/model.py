@@ -124,31 +124,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim if own else config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def split_heads(self, x):  # q, k, v if the block builds its own map, else v alone
-        x = self.qkv(x).unflatten(2, (-1, self.config.heads, x.shape[2] // self.config.heads))  # (B, N, 3 or 1, H, C/H)
-        return x.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C/H)
-
-    def raw_map(self, qk, handed):
-        """softmax(q k^T scale) + scale * handed, or the map handed to it: (B, H, N, N)."""
+    def raw_map(self, x, handed):
+        """The map before its refinement (B, H, N, N), softmax(q k^T scale) + scale * handed or the map handed to it,
+        and the values (B, H, N, C/H)."""
+        heads = self.config.heads
+        *qk, v = self.qkv(x).unflatten(2, (-1, heads, x.shape[2] // heads)).permute(2, 0, 3, 1, 4)  # (B, H, N, C/H)
         if not self.own:
-            return handed
-        q, k = (x * self.scale**0.5 for x in qk)  # (B, H, N, C/H), each times the scale's root
-        raw = (q @ k.transpose(2, 3)).softmax(dim=3)
-        return raw if handed is None else raw + self.scale * handed
+            return handed, v
+        q, k = (x * self.scale**0.5 for x in qk)  # each times the root, as published
+        raw = (q @ k.transpose(2, 3)).softmax(dim=3)  # (B, H, N, N)
+        return (raw if handed is None else raw + self.scale * handed), v
 
     def forward(self, x, handed=None):
-        *qk, v = self.split_heads(x)
-        if not self.config.refine:  # nothing looks at the map, so it is never built
-            return self.proj(F.scaled_dot_product_attention(*qk, v).transpose(1, 2).flatten(2)), None
-        raw = self.raw_map(qk, handed)  # (B, H, N, N)
+        raw, v = self.raw_map(x, handed)  # (B, H, N, N), (B, H, N, C/H)
         refined = self.refinement(raw) if self.refinement is not None else raw
         x = self.proj((refined @ v).transpose(1, 2).flatten(2))  # (B, H, N, C/H) -> (B, N, C)
-        return x, None if self.config.linear else raw if self.config.share else refined
+        if self.config.linear or not self.config.refine:
+            return x, None
+        return x, raw if self.config.share else refined
 
     def maps(self, x, handed=None) -> AttentionMaps:
         """Every map that forward builds from the same input."""
-        *qk, _ = self.split_heads(x)
-        raw = self.raw_map(qk, handed)  # (B, H, N, N)
+        raw, _ = self.raw_map(x, handed)
         if self.refinement is None:
             return AttentionMaps(raw)
         expanded = self.refinement.expand(raw)  # (B, E, N, N); nn.Identity hands its input on
@@ -281,7 +278,7 @@ def swap_tokens(tokens, box):
 
 def refiner_vit_ti(**overrides) -> RefinerViT:
     """Ours, for small pictures and CPUs: 2,913,868 parameters at 64 px with 10 classes."""
-    small = dict(img_size=64, patch_size=8, stem=(16, 32, 64), dim=192, depth=8, heads=6)
+    small = dict(img_size=64, patch_size=8, stem=(16, 32, 64), dim=192, depth=8, heads=4)
     return RefinerViT(RefinerConfig(**small | overrides))
 
 
