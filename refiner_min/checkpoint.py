@@ -1,1 +1,155 @@
-"""Published weights in."""
+"""Weights on disk: saved so that a crash loses nothing, loaded so that a file can run no code, published ones included.
+
+    save(state, path)                   written aside, then renamed; the file before it stays as its backup
+    load(path) -> state                 the backup, with a word about it, where the file is damaged
+    load_model(path) -> model, state    a model as training saved it
+    load_released(model, path)          the published .pth.tar files
+
+It imports model.py and UserError.
+"""
+
+import argparse
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from refiner_min import UserError
+from refiner_min.model import RefinerConfig, RefinerViT
+
+PUBLISHED_NAMES = (  # published part of a parameter's name, ours
+    *((f"patch_embed.conv{i + 1}.", f"stem.{i}.0.") for i in range(3)),
+    *((f"patch_embed.bn{i + 1}.", f"stem.{i}.1.") for i in range(3)),
+    ("patch_embed.proj.", "stem.3."),
+    ("cls_token", "class_token"),
+    ("pos_embed", "position"),
+    ("aux_head.", "token_head."),
+    (".mlp.scale_channel", ".mlp.scale"),
+    (".attn.adapt_bn.", ".attention.refinement.norm."),
+    (".attn.DLA.conv_exp.", ".attention.refinement.expand.0."),
+    (".attn.DLA.bn1.", ".attention.refinement.expand.1."),
+    (".attn.DLA.depth_sep_conv.", ".attention.refinement.convolve.0."),
+    (".attn.DLA.bn2.", ".attention.refinement.convolve.1."),
+    (".attn.DLA.conv_pro.", ".attention.refinement.reduce.0."),
+    (".attn.DLA.bn3.", ".attention.refinement.reduce.1."),
+    (".attn.", ".attention."),
+)
+
+
+def backup_of(path) -> Path:
+    """Where save keeps the file that was at path before: last.pt -> last.backup.pt."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.backup{path.suffix}")
+
+
+def save(state: dict, path, backup: bool = False):
+    """Write state to path: whole or not at all. backup keeps the file that was there. UserError: disk full, no right."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if backup and path.exists():
+            os.replace(path, backup_of(path))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); what was saved before is still there") from None
+
+
+def load(path, map_location="cpu") -> dict:
+    """Read what save wrote, weights_only. Where it is damaged or missing, its backup, with a printed word about it.
+    UserError: neither can be read."""
+    path, backup = Path(path), backup_of(path)
+    try:
+        return _read(path, map_location)
+    except (UserError, FileNotFoundError) as error:
+        if not backup.exists():
+            raise error if isinstance(error, UserError) else UserError(f"there is no checkpoint {path}") from None
+        print(f"{path} is {'damaged' if path.exists() else 'missing'}: going on from the one before it, {backup.name}")
+        return _read(backup, map_location)
+
+
+def _read(path: Path, map_location="cpu"):
+    """torch.load for weights, and for argparse.Namespace, which the published files hold beside them; nothing else."""
+    try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch checks no checksum
+            raise ValueError(f"{part} does not match its checksum")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+
+
+def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
+    """The model that training saved at path, EMA weights where it kept them, in evaluation mode; and all of the file.
+    UserError: no such file, damaged, or not of this package."""
+    state = load(path, map_location)
+    if not isinstance(state, dict) or "config" not in state:
+        raise UserError(f"{path} was not written by refiner_min.train; for published weights see checkpoint.load_released")
+    model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
+    load_weights(model, state.get("ema") or state["model"])
+    return model.eval(), state
+
+
+def load_weights(model: RefinerViT, weights: dict, classifier: bool = True):
+    """Copy weights, by our names, into model. Positions of another grid are resized; classifier=False leaves the
+    heads as they are. UserError: whatever does not fit, key by key, and then nothing is copied."""
+    weights = {name: value for name, value in weights.items()
+               if classifier or not name.startswith(("head.", "token_head."))}
+    own = {name: value for name, value in model.state_dict().items()
+           if classifier or not name.startswith(("head.", "token_head."))}
+    position = weights.get("position")
+    if position is not None and position.shape != own["position"].shape and position.shape[2] == model.config.dim:
+        weights["position"] = _resize_position(position, model.config.grid)
+    faults = [f"missing: {name}" for name in own if name not in weights]
+    faults += [f"unknown: {name}" for name in weights if name not in own]
+    faults += [f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+               for name in own if name in weights and weights[name].shape != own[name].shape]
+    if faults:
+        raise UserError(f"the weights do not fit {model.config}: " + "; ".join(faults))
+    model.load_state_dict(weights, strict=False)
+
+
+def _resize_position(position: torch.Tensor, grid: int) -> torch.Tensor:
+    """Positions for another grid, bicubic; the class token's stays: (1, M, C) -> (1, grid * grid + 1, C)."""
+    side = round((position.shape[1] - 1) ** 0.5)
+    patches = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # (1, C, side, side)
+    patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)  # (1, C, grid, grid)
+    return torch.cat([position[:, :1], patches.flatten(2).transpose(1, 2).to(position.dtype)], dim=1)
+
+
+def load_released(model: RefinerViT, source, classifier: bool = True):
+    """Copy published weights into model.
+
+    source: a published .pth.tar file, or the state dict in it. Plain, under "state_dict" or "state_dict_ema" (the one
+    preferred), with or without the prefix "module.". Positions of another grid are resized; classifier=False leaves
+    the heads out. UserError: what does not fit, key by key, or a file that is damaged or holds more than weights.
+    Published: https://github.com/zhoudaquan/Refiner_ViT links L at 448 px only; its first version (2021-06) has no
+    scale on the MLP's branch, so its weights do not fit.
+    """
+    if not isinstance(source, dict):
+        if not Path(source).exists():
+            raise UserError(f"there are no weights at {source}")
+        source = _read(Path(source))
+    for key in ("state_dict_ema", "state_dict"):
+        if source.get(key) is not None:
+            source = source[key]
+            break
+    load_weights(model, {our_name(name): value for name, value in source.items()}, classifier)
+
+
+def our_name(published: str) -> str:
+    """Our name for a parameter that the published code calls published."""
+    name = published.removeprefix("module.")
+    for theirs, ours in PUBLISHED_NAMES:
+        name = name.replace(theirs, ours)
+    return name

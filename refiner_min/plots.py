@@ -1,0 +1,91 @@
+"""Every picture that a command or a notebook draws: numbers in, a matplotlib Figure out. It imports no other module
+of the package but UserError. The colour maps read the same to colour-blind eyes."""
+
+import io
+import os
+from pathlib import Path
+
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from refiner_min import UserError
+
+STAGES = {"raw": "before expansion", "expanded": "after expansion", "convolved": "after local convolution",
+          "refined": "after reduction"}
+BLUE, ORANGE = "#0072b2", "#d55e00"
+
+
+def save_figure(figure: Figure, path):
+    """Write figure as PNG, whole or not at all. UserError: path cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    try:
+        temporary.write_bytes(buffer.getbuffer())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error})") from None
+
+
+def training_curves(history: list[dict], title: str) -> Figure:
+    """Loss and accuracy by epoch, from the rows of metrics.csv."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    loss.plot(epochs, [row["train_loss"] for row in history], color=BLUE, marker=".", label="training")
+    loss.plot(epochs, [row["val_loss"] for row in history], color=ORANGE, marker=".", label="validation")
+    loss.set(xlabel="epoch", ylabel="cross-entropy a picture (nats)", ylim=(0, None))
+    loss.legend(frameon=False)
+    values = [100 * row["val_accuracy"] for row in history]
+    accuracy.plot(epochs, values, color=ORANGE, marker=".")
+    accuracy.annotate(f"{values[-1]:.1f} %", (epochs[-1], values[-1]), xytext=(0, -12), textcoords="offset points",
+                      ha="right", va="top")
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 101))
+    for axes in (loss, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+def explanation(image, names: list[str], probabilities: list[float], maps: dict) -> Figure:
+    """A picture, its likeliest classes, and the class token's attention over it, block by block and stage by stage.
+
+    image (S, S) or (S, S, 3), from 0 to 1. names and probabilities: likeliest first.
+    maps: {block: {stage of STAGES: (grid, grid) tensor}}.
+    """
+    stages = [stage for stage in STAGES if any(stage in found for found in maps.values())]
+    figure = Figure(figsize=(3.6 + 2.1 * len(stages), max(4.8, 0.6 + 2.1 * len(maps))), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3.6, 2.1 * len(stages)))
+    photo, bars = left.subplots(2, 1, height_ratios=(3, 2))
+    photo.imshow(image, cmap="gray", vmin=0, vmax=1)
+    photo.set_title(f"{names[0]}, {probabilities[0]:.0%}")
+    photo.axis("off")
+    bars.barh(range(len(names)), [100 * value for value in probabilities], color=BLUE)
+    bars.set_yticks(range(len(names)), names)
+    bars.invert_yaxis()
+    bars.set(xlabel="probability (%)", xlim=(0, 100))
+    bars.spines[["top", "right"]].set_visible(False)
+    grid = right.subplots(len(maps), len(stages), squeeze=False)
+    for row, (block, found) in zip(grid, maps.items()):
+        for axes, stage in zip(row, stages):
+            axes.set(xticks=[], yticks=[])
+            if stage in found:
+                _overlay(axes, image, found[stage])
+            else:
+                axes.axis("off")
+            if block == next(iter(maps)):
+                axes.set_title(STAGES[stage], fontsize="small")
+        row[0].set_ylabel(f"block {block}", fontsize="small")
+    right.suptitle("where the class token looks (mean over the maps; bright is much, each panel on its own scale)", fontsize="small")
+    return figure
+
+
+def _overlay(axes, image, attention):
+    """An attention map (grid, grid) over its picture in grey."""
+    size = len(image)
+    smooth = F.interpolate(attention[None, None], (size, size), mode="bilinear")[0, 0]
+    axes.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(smooth, cmap="magma", alpha=0.65)
