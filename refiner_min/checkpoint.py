@@ -46,7 +46,7 @@ def backup_of(path) -> Path:
 
 
 def save(state: dict, path, backup: bool = False):
-    """Write state to path: whole or not at all. backup keeps the file that was there. UserError: disk full, no right."""
+    """Write state to path, whole or not at all. backup: keep the file before it. UserError: full disk, no right."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -94,7 +94,7 @@ def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
     UserError: no such file, damaged, or not of this package."""
     state = load(path, map_location)
     if not isinstance(state, dict) or "config" not in state:
-        raise UserError(f"{path} was not written by refiner_min.train; for published weights see checkpoint.load_released")
+        raise UserError(f"{path} was not written by refiner_min.train; published weights: checkpoint.load_released")
     model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
     load_weights(model, state.get("ema") or state["model"])
     return model.eval(), state

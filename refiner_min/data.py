@@ -161,7 +161,7 @@ def load_subset(subset: str, data: str | None, size: int, *, crop: float = 1.0, 
     """
     if subset == "digits":
         if data is not None:
-            raise UserError(f"--data {data} does not go with --subset digits, which is built in; did you mean --subset folder?")
+            raise UserError(f"--data {data} does not go with --subset digits, which is built in: add --subset folder")
         return _digits(size)
     if data is None and subset not in DOWNLOADS:
         raise UserError(f"--subset {subset} needs --data DIR, the folder that holds train/ and val/")
@@ -171,10 +171,11 @@ def load_subset(subset: str, data: str | None, size: int, *, crop: float = 1.0, 
     stored = stored_size(size)
     count = sum(len(folder.samples) for folder in folders.values())
     if subset == "imagenet" or count * 3 * stored**2 > MEMORY_LIMIT:
-        resize = [v2.Resize(math.floor(size / crop), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()]
+        resize = v2.Resize(math.floor(size / crop), v2.InterpolationMode.BICUBIC)
+        whole = v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
         options = dict(seed=seed, workers=workers, skip_bad=skip_bad, device=torch.device("cpu"))
         return Subset(subset, str(root), StreamSplit(folders["train"], transform or stream_transform(size), **options),
-                      StreamSplit(folders["val"], v2.Compose(resize), **options), classes)
+                      StreamSplit(folders["val"], whole, **options), classes)
     return Subset(subset, str(root), *_decode(root, folders, stored, skip_bad), classes)
 
 
@@ -226,7 +227,7 @@ def _check_folders(root: Path, folders: dict[str, ImageFolder], subset: str) -> 
     train, val = folders["train"], folders["val"]
     only = sorted(set(train.classes) ^ set(val.classes))
     if only:
-        raise UserError(f"{root}/train and {root}/val must hold the same classes, but only one of them has {_some(only)}")
+        raise UserError(f"{root}/train and {root}/val must hold the same classes; only one of them has {_some(only)}")
     for split, folder in folders.items():
         empty = sorted(set(range(len(folder.classes))) - set(folder.targets))
         if empty:
@@ -234,8 +235,8 @@ def _check_folders(root: Path, folders: dict[str, ImageFolder], subset: str) -> 
     if len(train.classes) < 2:
         raise UserError(f"{root}/train has one class, {train.classes[0]}: there is nothing to tell apart")
     if subset == "imagenet" and train.classes != (ASSETS / "imagenet_wnids.txt").read_text().split():
-        raise UserError(f"{root} does not hold ImageNet's 1000 classes (it has {len(train.classes)}, {train.classes[0]} "
-                        f"first): --subset folder takes any classes")
+        raise UserError(f"{root} does not hold ImageNet's 1000 classes (it has {len(train.classes)}, "
+                        f"{train.classes[0]} first): --subset folder takes any classes")
     return train.classes
 
 
@@ -341,7 +342,7 @@ def crop(pictures, boxes, size: int, flips=None, turns=None):
 
 
 def center_crop(pictures, aspects, size: int, share: float = 1.0):
-    """The middle square of every picture, its side the share of the shorter side: -> images (B, channels, size, size)."""
+    """The middle square of every picture, its side that share of the shorter side: (B, channels, size, size)."""
     width, height = share * (1 / aspects).clamp(max=1), share * aspects.clamp(max=1)  # fractions of the two sides
     boxes = torch.stack([1 - width, 1 - height, 1 + width, 1 + height], dim=1) / 2
     return crop(pictures, boxes, size)

@@ -79,7 +79,7 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
             if block == next(iter(maps)):
                 axes.set_title(STAGES[stage], fontsize="small")
         row[0].set_ylabel(f"block {block}", fontsize="small")
-    right.suptitle("where the class token looks (mean over the maps; bright is much, each panel on its own scale)", fontsize="small")
+    right.suptitle("where the class token looks: mean over the maps, each panel on its own scale", fontsize="small")
     return figure
 
 

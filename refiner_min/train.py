@@ -52,7 +52,7 @@ class Recipe:
     img_size: int = option(64, "pixels a side")
     patch_size: int = option(8, "pixels a side of a patch")
     refine: bool = option(True, "refine the attention maps; --no-refine is a plain ViT of the same depth and width")
-    share: bool = option(True, "blocks in pairs of own map and shared refined map; --no-share refines every block's own")
+    share: bool = option(True, "blocks in pairs of own and shared map; --no-share refines every block's own")
     expand: int = option(3, "expanded maps a head; 1 for no expansion")
     kernel_size: int = option(3, "of the local convolution on the maps; 1 for none")
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
@@ -244,8 +244,9 @@ def make_mixing(recipe: Recipe, num_classes: int):
 
 def make_augmentation(recipe: Recipe, split) -> data.Augmentation:
     streamed = isinstance(split, data.StreamSplit)
-    return data.Augmentation(recipe.img_size, None if streamed else (recipe.crop_min, recipe.crop_max), flip=recipe.flip,
-                             turn=recipe.turn, colour=0 if streamed else recipe.colour, erasing=recipe.erasing)
+    area, colour = (None, 0.0) if streamed else ((recipe.crop_min, recipe.crop_max), recipe.colour)
+    return data.Augmentation(recipe.img_size, area, flip=recipe.flip, turn=recipe.turn, colour=colour,
+                             erasing=recipe.erasing)
 
 
 class LossWatch:
@@ -367,7 +368,8 @@ class Run:
     def state(self) -> dict:
         """All of the run, to go on from."""
         return {
-            **self.origin(), "model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None,
+            **self.origin(), "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "history": self.history,
             "loss": self.loss.total, "seconds": self.seconds,
@@ -451,7 +453,7 @@ class Run:
 
 def facts(run: Run) -> dict:
     """What config.json says: enough to run it again and to compare it."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "command": " ".join(["python -m refiner_min.train", *sys.argv[1:]]),
         "subset": run.subset.name,
@@ -465,7 +467,7 @@ def facts(run: Run) -> dict:
         "processes": run.world,
         "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
                      "python": platform.python_version()},
-        "commit": commit.strip() or None,
+        "commit": git.stdout.strip() or None,
     }
 
 
@@ -500,16 +502,18 @@ def row_of(run: Run, loss: float, val_loss: float, accuracy: float, seconds: flo
             "images_per_second": round(images / seconds, 1)}
 
 
-TABLE = "{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} {images_per_second:>8.0f}"
-HEADER = f"{'epoch':>5} {'step':>8} {'next lr':>10} {'train loss':>10} {'val loss':>9} {'accuracy':>8} {'seconds':>7} {'img/s':>8}"
+HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
+TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
+         "{images_per_second:>8.0f}")
 
 
 def fit(run: Run, out: Path, title: str) -> int:
     """Train to the end, saving after every epoch. Returns the exit status: 0, or 128 + the signal that ended it."""
     total = run.recipe.epochs * run.steps_per_epoch
     main = run.rank == 0
-    bar = tqdm(total=total * run.recipe.batch_size, initial=run.step * run.recipe.batch_size, unit="img", unit_scale=True,
-               disable=None if main else True, dynamic_ncols=True)
+    batch = run.recipe.batch_size
+    bar = tqdm(total=total * batch, initial=run.step * batch, unit="img", unit_scale=True, dynamic_ncols=True,
+               disable=None if main else True)  # None: no bar where there is no terminal
     if main:
         if run.step == 0:  # a run that is killed in its first epoch can be resumed too
             checkpoint.save(run.state(), out / "last.pt")
@@ -556,18 +560,18 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser = argparse.ArgumentParser(prog="python -m refiner_min.train", description="Train or evaluate a Refiner-ViT. "
                                      "What is not given comes from the subset's preset, and is printed first.")
     parser.add_argument("--subset", choices=data.SUBSETS, help="the data (default: digits, which is built in)")
-    parser.add_argument("--data", metavar="DIR", help="extracted folder with train/ and val/ (default: below data/, downloaded if absent)")
+    parser.add_argument("--data", metavar="DIR", help="folder with train/ and val/ (default: below data/, downloaded)")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/SUBSET)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one; mps is untested)")
-    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores, at most 16)")
+    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
-    parser.add_argument("--resume", metavar="PATH", nargs="?", const="", help="go on with the run in this folder (default: that of --out)")
-    parser.add_argument("--weights", metavar="PATH", help="start from, or evaluate, these weights: ours or a published .pth.tar")
+    parser.add_argument("--resume", metavar="PATH", nargs="?", const="", help="go on with the run in this folder (default: --out)")
+    parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop")
     recipe = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
     for item in fields(Recipe):
-        how = {"action": argparse.BooleanOptionalAction} if item.type in (bool, "bool") else {"type": type(item.default)}
+        how = {"action": argparse.BooleanOptionalAction} if item.type is bool else {"type": item.type}
         recipe.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **how, **item.metadata)
     known = vars(parser.parse_args(arguments))
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
@@ -637,7 +641,7 @@ def open_run(args: argparse.Namespace, given: dict, device: torch.device) -> tup
     if state is not None and args.resume is None:
         load_start(network, state, path, subset.class_names)
         if args.eval and ours and state["classes"] != subset.class_names:
-            raise UserError(f"{path} was trained on {', '.join(state['classes'][:3])}, ..., not on the classes of {args.subset}")
+            raise UserError(f"{path} knows {', '.join(state['classes'][:3])}, ..., not the classes of {args.subset}")
     run = Run(recipe, subset, network, device, args.compile)
     if args.resume is not None:
         run.restore(state)
@@ -646,7 +650,8 @@ def open_run(args: argparse.Namespace, given: dict, device: torch.device) -> tup
 
 def open_subset(args: argparse.Namespace, recipe: Recipe) -> data.Subset:
     workers = args.workers if args.workers is not None else min(os.cpu_count(), 16)
-    transform = data.stream_transform(recipe.img_size, (recipe.crop_min, recipe.crop_max), recipe.flip, recipe.randaugment)
+    area = (recipe.crop_min, recipe.crop_max)
+    transform = data.stream_transform(recipe.img_size, area, recipe.flip, recipe.randaugment)
     subset = data.load_subset(args.subset, args.data, recipe.img_size, crop=recipe.eval_crop, seed=recipe.seed,
                               workers=workers, skip_bad=args.skip_bad, transform=transform)
     if not args.eval and recipe.batch_size > len(subset.train):
@@ -705,7 +710,8 @@ def main(arguments=None) -> int:
     if args.eval:
         loss, accuracy = run.evaluate()
         if run.rank == 0:
-            print(f"accuracy {accuracy:.4%} ({round(accuracy * len(run.val_split))} of {len(run.val_split)}), loss {loss:.4f}")
+            right = round(accuracy * len(run.val_split))
+            print(f"accuracy {accuracy:.4%} ({right} of {len(run.val_split)}), loss {loss:.4f}")
         return 0
     if run.recipe.batch_size % run.world:
         raise UserError(f"--batch-size {run.recipe.batch_size} must be a multiple of the {run.world} processes")
@@ -715,7 +721,7 @@ def main(arguments=None) -> int:
     try:
         status = fit(run, out, title)
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory is too small for --batch-size {run.recipe.batch_size}: take a smaller one") from None
+        raise UserError(f"--batch-size {run.recipe.batch_size} needs more memory than the GPU has") from None
     if status == 0 and run.rank == 0:
         finish(run, out, title)
     return status
