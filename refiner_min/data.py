@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,7 @@ def _download(subset: str, root: Path = Path("data")) -> Path:
         else:
             download_and_extract_archive(url, staging, md5=md5)
         os.replace(staging / name, target)
+        shutil.rmtree(staging)
     except (OSError, RuntimeError) as error:
         raise UserError(f"no {subset} in {target}, and none could be downloaded from {url} ({error}); "
                         f"--data DIR takes an extracted folder, and --subset digits works now") from None

@@ -566,7 +566,8 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
-    parser.add_argument("--resume", metavar="PATH", nargs="?", const="", help="go on with the run in this folder (default: --out)")
+    parser.add_argument("--resume", metavar="PATH", nargs="?", const="",
+                        help="go on with the run in this folder (default: that of --out)")
     parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop")
     recipe = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")

@@ -1,0 +1,118 @@
+"""Does the suite notice a fault? python tests/mutations.py [WORD ...]
+
+Applies one-line faults, one at a time, to a copy of the project, and runs the tests that should notice; every one must
+fail. WORD picks the faults whose description holds it. It takes about half an hour, so it is run on request, not in CI.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAULTS = [  # description, file, what stands there, what takes its place
+    ("position embedding on one token only", "model", "dim=1) + self.position ", "dim=1) + self.position[:, :1] "),
+    ("class token added after the position embedding", "model",
+     "-1, -1), patches], dim=1) + self.position ", "-1, -1), patches + self.position[:, 1:]], dim=1) "),
+    ("softmax over the queries", "model", "softmax(dim=3)", "softmax(dim=2)"),
+    ("map handed on refined instead of raw", "model", "return x, raw if self.config.share else refined",
+     "return x, refined"),
+    ("scale of the shared map missing", "model", "self.scale * self.norm(maps", "self.norm(maps"),
+    ("map handed on added without its scale", "model", "raw + self.scale * handed", "raw + handed"),
+    ("queries and keys not scaled", "model", "x * self.scale**0.5 for", "x for"),
+    ("wrong padding in the stem", "model", "first, 7, stride=2)", "first, 7, stride=2, padding=4)"),
+    ("wrong padding on the maps", "model", "kernel, groups=expanded)", "kernel, groups=expanded, padding='valid')"),
+    ("expansion ignored", "model", "config.heads * config.expand, config", "config.heads, config"),
+    ("skip around the refinement missing", "model", "self.norm(maps + reduced)", "self.norm(reduced)"),
+    ("branch added once instead of twice", "model", "x = x + 2 * self.drop_path(attended)",
+     "x = x + self.drop_path(attended)"),
+    ("scale of the MLP missing", "model", "self.scale * self.fc2", "self.fc2"),
+    ("approximate GELU", "model", "F.gelu(self.fc1(x))", "F.gelu(self.fc1(x), approximate='tanh')"),
+    ("box rows and columns swapped", "model", "row0, col0, row1, col1 = box", "col0, row0, col1, row1 = box"),
+    ("token logits not swapped back", "model", "token_logits = swap_tokens(token_logits, mix_box)", "pass"),
+    ("mean instead of the largest token logit", "model", "token_logits.amax(dim=1)", "token_logits.mean(dim=1)"),
+    ("drop path the same in every block", "model", "config.drop_path * index / max(config.depth - 1, 1)",
+     "config.drop_path"),
+    ("maps of the wrong blocks refined", "model", "index % 2 == 1)", "index % 2 == 0)"),
+    ("checksum of a checkpoint not looked at", "checkpoint", "raise ValueError(f\"{part}", "print(f\"{part}"),
+    ("a checkpoint may run code", "checkpoint", "weights_only=True", "weights_only=False"),
+    ("no backup of the checkpoint before", "checkpoint", "if backup and path.exists()", "if False"),
+    ("checkpoint written in place", "checkpoint", "path.with_name(f\"{path.name}.tmp\")", "path"),
+    ("average ignored when a model is loaded", "checkpoint", "state.get(\"ema\") or state[\"model\"]", "state[\"model\"]"),
+    ("positions resized with rows for columns", "checkpoint", "permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)"),
+    ("misfit weights copied all the same", "checkpoint", "    if faults:", "    if False:"),
+    ("crop boxes with x and y swapped", "data", "centre[:, 0]], dim=1)", "centre[:, 1]], dim=1)"),
+    ("flips ignored", "data", "torch.where(flips, -1.0, 1.0)", "torch.ones_like(width)"),
+    ("proportions of the picture ignored", "data", ".exp() / aspects", ".exp()"),
+    ("one box for the whole batch", "data", "return torch.stack([left, top, left + width, top + height], dim=1)",
+     "return torch.stack([left, top, left + width, top + height], dim=1)[:1].repeat(len(aspects), 1)"),
+    ("erasing without a probability", "data", "boxes[torch.rand(len(images), device=images.device) >= probability] = 0",
+     "pass"),
+    ("stale cache used", "data", "if stored[\"key\"] == key:", "if True:"),
+    ("a stream repeats itself every epoch", "data", "hash((self.seed, epoch, index))", "hash((self.seed, index))"),
+    ("bad pictures left out unasked", "data", "if not self.skip_bad:", "if False:"),
+    ("digits split by position, not by class", "data", "rank_in_class % 5 == 4)", "torch.arange(len(labels)) % 5 == 4)"),
+    ("EMA never updated", "train", "            self.update_average()", "            pass"),
+    ("EMA decays the wrong way round", "train", "get_ema_multi_avg_fn(decay)", "get_ema_multi_avg_fn(1 - decay)"),
+    ("warm-up starting at full rate", "train", "return (step + 1) / (warmup + 1)", "return 1.0"),
+    ("no cool-down", "train", "(recipe.epochs - recipe.cooldown_epochs)", "recipe.epochs"),
+    ("labels not mixed with the pictures", "train", "images, labels = self.mix(self.augment(pictures, aspects), labels)",
+     "images, _ = self.mix(self.augment(pictures, aspects), labels)"),
+    ("weight decay on every parameter", "train", "(rest if keep else decay)", "decay"),
+    ("resume forgetting the random state", "train", "torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)))",
+     "pass"),
+    ("resume forgetting the optimizer", "train", "self.optimizer.load_state_dict(state[\"optimizer\"])", "pass"),
+    ("resume forgetting the loss of the epoch", "train", "self.loss.total.copy_(state[\"loss\"])", "pass"),
+    ("resume from the start of the epoch", "train", "self.order(epoch)[start * share:]", "self.order(epoch)"),
+    ("the same order every epoch", "train", "hash((self.recipe.seed, epoch))", "hash(self.recipe.seed)"),
+    ("evaluation in training mode", "train", "self.evaluated().eval()", "self.evaluated().train()"),
+    ("raw weights kept as the best", "train", "\"model\": self.evaluated().state_dict(), \"row\"",
+     "\"model\": self.model.state_dict(), \"row\""),
+    ("learning rate not scaled with the batch", "train", "preset.lr * recipe.batch_size / preset.batch_size", "preset.lr"),
+    ("a loss that is not finite goes on", "train", "        if bad:", "        if False:"),
+    ("another run overwritten", "train", "    if held:", "    if False:"),
+    ("label smoothing ignored", "train", ", label_smoothing=self.recipe.smoothing)", ", label_smoothing=0.0)"),
+    ("attention to the class token shown for attention of it", "explain", "maps[0, :, 0, 1:]", "maps[0, :, 1:, 0]"),
+    ("training and validation loss mixed up", "plots", "row[\"val_loss\"] for row", "row[\"train_loss\"] for row"),
+]
+
+
+def run_tests(project: Path, file: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", f"tests/test_{file}.py"]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+
+
+def main(words: list[str]) -> int:
+    faults = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "imagenette*"))
+        for file in sorted({fault[1] for fault in faults}):
+            done = run_tests(project, file)
+            if done.returncode:
+                print(f"the tests of {file}.py fail without any fault:\n{done.stdout[-3000:]}")
+                return 1
+        for number, (description, file, there, instead) in enumerate(faults, 1):
+            path = project / "refiner_min" / f"{file}.py"
+            source = path.read_text()
+            if source.count(there) != 1:
+                print(f"{file}.py holds {there!r} {source.count(there)} times: mend the fault «{description}»")
+                return 1
+            path.write_text(source.replace(there, instead))
+            done = run_tests(project, file)
+            path.write_text(source)
+            first = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            print(f"{number:2}/{len(faults)} {'caught' if done.returncode else 'MISSED'}: {description}"
+                  f"{f'  ({first[0][:90]})' if first else ''}", flush=True)
+            if done.returncode == 0:
+                missed.append(description)
+    print(f"{len(faults) - len(missed)} of {len(faults)} faults caught" + (f"; missed: {missed}" if missed else ""))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

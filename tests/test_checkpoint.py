@@ -1,0 +1,219 @@
+"""checkpoint.py: nothing is lost, damage is told, published files load, and no file runs code."""
+
+import argparse
+import pickle
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from refiner_min import UserError, checkpoint
+from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_l, refiner_vit_m, refiner_vit_s
+from tests.test_model import TINY, golden
+
+STATE = {"step": 1, "weights": torch.arange(1000.0)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    checkpoint.save(STATE | {"step": 2}, path, backup=True)
+    assert checkpoint.load(path)["step"] == 2
+    assert torch.equal(checkpoint.load(path)["weights"], STATE["weights"])
+    assert checkpoint.load(checkpoint.backup_of(path))["step"] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.backup.pt", "last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "one bit", "emptied", "missing"])
+def test_the_one_before_a_damaged_file_is_used(tmp_path, capsys, damage):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    checkpoint.save(STATE | {"step": 2}, path, backup=True)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[content.find(STATE["weights"].numpy().tobytes()) + 100] ^= 1
+        path.write_bytes({"cut in half": content[: len(content) // 2], "one bit": content, "emptied": b""}[damage])
+    assert checkpoint.load(path)["step"] == 1
+    said = capsys.readouterr().out
+    assert "last.backup.pt" in said and ("missing" if damage == "missing" else "damaged") in said
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint .*last.pt"):
+        checkpoint.load(tmp_path / "last.pt")
+    (tmp_path / "last.pt").write_text("not weights")
+    with pytest.raises(UserError, match="last.pt is damaged or not a checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    code = ("import resource, sys, torch; from refiner_min import UserError, checkpoint\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"  # a file may not grow beyond that
+            "try: checkpoint.save({'step': 2, 'weights': torch.zeros(10000)}, sys.argv[1], backup=True)\n"
+            "except UserError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert "last.pt could not be written" in done.stdout, done.stderr
+    assert checkpoint.load(path)["step"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
+
+
+def test_killed_between_the_renames(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    rename, calls = checkpoint.os.replace, []
+
+    def die_at_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", die_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(STATE | {"step": 2}, path, backup=True)
+    monkeypatch.undo()
+    assert checkpoint.load(path)["step"] == 1
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_runs_code_does_not(tmp_path, zipped):
+    path, proof = tmp_path / "evil.pth.tar", tmp_path / "proof"
+    torch.save({"state_dict": {}, "args": RunsCode(proof)}, path, _use_new_zipfile_serialization=zipped)
+    for load in (checkpoint.load, lambda path: checkpoint.load_released(RefinerViT(RefinerConfig(**TINY)), path)):
+        with pytest.raises(UserError, match="evil.pth.tar is damaged or not a checkpoint"):
+            load(path)
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(RunsCode(proof)))
+    with pytest.raises(UserError, match="evil.pt is damaged or not a checkpoint"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not proof.exists()
+
+
+def test_load_model(tmp_path):
+    model = RefinerViT(RefinerConfig(**TINY))
+    average = {name: value + 1 for name, value in model.state_dict().items()}
+    path = tmp_path / "last.pt"
+    checkpoint.save({"config": asdict(model.config), "model": model.state_dict(), "ema": average}, path)
+    loaded, state = checkpoint.load_model(path)
+    assert loaded.config == model.config and not loaded.training
+    assert torch.equal(loaded.class_token, model.class_token + 1)
+    checkpoint.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="not written by refiner_min.train"):
+        checkpoint.load_model(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+def published_name(ours: str) -> str:
+    """The inverse of our_name, by exhaustion: the test's own, so that a wrong table shows."""
+    for theirs, own in reversed(checkpoint.PUBLISHED_NAMES):
+        ours = ours.replace(own, theirs)
+    return ours
+
+
+def published_state(model) -> dict:
+    return {published_name(name): value for name, value in model.state_dict().items()}
+
+
+def test_names_of_the_golden_file_are_all_known():
+    """The published names come from the published code itself (tests/data), not from our table."""
+    numbers = golden("refiner_tiny")
+    names = {checkpoint.our_name(key.removeprefix("state/")) for key in numbers if key.startswith("state/")}
+    assert names == RefinerViT(RefinerConfig(**TINY)).state_dict().keys()
+
+
+@pytest.mark.parametrize("build", [refiner_vit_s, refiner_vit_m, refiner_vit_l])
+def test_published_files_load(tmp_path, build):
+    """A file as the published training writes it, at 32 px, into a model at 48 px with 1000 classes."""
+    torch.manual_seed(0)
+    source = build(img_size=32)
+    weights = {f"module.{name}": value for name, value in published_state(source).items()}
+    file = {"arch": "Refiner_ViT", "epoch": 3, "args": argparse.Namespace(lr=5e-4, model="Refiner_ViT"),
+            "state_dict": {name: torch.zeros_like(value) for name, value in weights.items()},
+            "state_dict_ema": weights, "metric": 83.0}
+    path = tmp_path / "published.pth.tar"
+    torch.save(file, path)
+    model = build(img_size=48)
+    checkpoint.load_released(model, path)
+    for name, value in model.state_dict().items():
+        if name != "position":
+            assert torch.equal(value, source.state_dict()[name]), name
+    assert torch.equal(model.position[:, 0], source.position[:, 0])
+    assert model.position.shape == (1, 10, model.config.dim)
+    assert model.position.std() == pytest.approx(source.position.std().item(), rel=0.5)
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, lambda w: {"state_dict_ema": w},
+                                  lambda w: {f"module.{name}": value for name, value in w.items()}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_layout_of_published_files(tmp_path, wrap, zipped):
+    source, model = RefinerViT(RefinerConfig(**TINY)), RefinerViT(RefinerConfig(**TINY))
+    path = tmp_path / "published.pth.tar"
+    torch.save(wrap(published_state(source)), path, _use_new_zipfile_serialization=zipped)
+    checkpoint.load_released(model, path)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_released_numbers_are_those_of_the_published_code():
+    numbers = golden("refiner_tiny")
+    model = RefinerViT(RefinerConfig(**TINY)).eval()
+    checkpoint.load_released(model, {key.removeprefix("state/"): value for key, value in numbers.items()
+                                     if key.startswith("state/")})
+    torch.testing.assert_close(model(numbers["input"]), numbers["eval_logits"].float(), atol=1e-5, rtol=0)
+
+
+def test_positions_of_a_linear_ramp_stay_one():
+    """Resizing keeps where things are: a ramp over the columns stays a ramp over the columns."""
+    ramp = torch.arange(4.0).repeat(4).reshape(1, 16, 1)
+    resized = checkpoint._resize_position(torch.cat([torch.full((1, 1, 1), 9.0), ramp], dim=1), 8)
+    grid = resized[0, 1:, 0].unflatten(0, (8, 8))
+    assert resized[0, 0, 0] == 9
+    assert (grid[0] == grid[-1]).all() and (grid[0].diff() > 0).all()
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = RefinerViT(RefinerConfig(**TINY))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = published_state(RefinerViT(RefinerConfig(**TINY | dict(num_classes=5))))
+    weights.pop("blocks.0.mlp.scale_channel")  # as in the first published version
+    weights["extra"] = torch.zeros(1)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_released(model, weights)
+    for fault in ("missing: blocks.0.mlp.scale", "unknown: extra", "head.weight: (5, 24) in the file, (7, 24) in"):
+        assert fault in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_heads_can_be_left_out():
+    source = RefinerViT(RefinerConfig(**TINY | dict(num_classes=5)))
+    model = RefinerViT(RefinerConfig(**TINY))
+    head = model.head.weight.clone()
+    checkpoint.load_released(model, published_state(source), classifier=False)
+    assert torch.equal(model.head.weight, head) and torch.equal(model.norm.weight, source.norm.weight)
+    assert torch.equal(model.blocks[0].attention.qkv.weight, source.blocks[0].attention.qkv.weight)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="no weights at"):
+        checkpoint.load_released(RefinerViT(RefinerConfig(**TINY)), tmp_path / "none.pth.tar")

@@ -1,0 +1,105 @@
+"""explain.py: what it shows is what the model computes; what it cannot read or write is said."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner_min import UserError, checkpoint, data, explain, train
+from refiner_min.model import RefinerConfig, RefinerViT
+
+SMALL = dict(img_size=32, patch_size=8, dim=24, depth=4, heads=3, num_classes=7, dense=False)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(**overrides) -> Path:
+    torch.manual_seed(0)
+    model = RefinerViT(RefinerConfig(**SMALL | overrides))
+    path = Path("best.pt")
+    recipe = asdict(train.Recipe(eval_crop=0.9))
+    checkpoint.save({"config": asdict(model.config), "recipe": recipe, "model": model.state_dict(),
+                     "classes": [f"thing {index}" for index in range(model.config.num_classes)]}, path)
+    return path
+
+
+def photo(mode: str = "RGB", size=(60, 40)) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save("photo.png")
+    return Path("photo.png")
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(refine=False), dict(share=False, linear=True), dict(expand=1),
+                                       dict(kernel_size=1), dict(in_channels=1), dict(num_classes=2), dict(dense=True)],
+                         ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_every_form_is_explained(overrides, mode, capsys):
+    path = weights(**overrides)
+    assert explain.main([str(photo(mode)), "--weights", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "thing " in said and "drawn in photo-explained.png" in said
+    with Image.open("photo-explained.png") as picture:
+        assert picture.format == "PNG" and picture.width > 600
+
+
+def test_the_classes_are_those_of_the_evaluation():
+    path = weights()
+    found = explain.explain(photo(), path, "out.png")
+    model, _ = checkpoint.load_model(path)
+    picture = data.read_picture("photo.png")
+    square = data.squash(picture, 40)[None]
+    image = data.center_crop(square, torch.tensor([1.5]), 32, 0.9)  # as training evaluates
+    with torch.no_grad():
+        probabilities = model(image).softmax(dim=1)[0]
+    assert len(found) == 5 and [value for _, value in found] == sorted((value for _, value in found), reverse=True)
+    for name, value in found:
+        assert value == pytest.approx(probabilities[int(name.split()[1])].item(), abs=1e-6)
+
+
+def test_the_maps_are_the_class_tokens_row():
+    model, _ = checkpoint.load_model(weights())
+    image = explain.prepare(photo(), model.config)
+    maps = explain.class_token_maps(model, image, 4)
+    assert list(maps) == [1, 3]  # the refined blocks
+    expected = model.attention_maps(image)[3]
+    for stage, found in maps[3].items():
+        row = getattr(expected, stage)[0].mean(dim=0)[0]  # query 0, every key
+        assert torch.allclose(found.flatten(), row[1:], atol=1e-6)
+    assert list(maps[3]) == ["raw", "expanded", "convolved", "refined"]
+    assert list(explain.class_token_maps(model, image, 1)) == [1]
+    plain, _ = checkpoint.load_model(weights(refine=False))
+    assert {block: list(found) for block, found in explain.class_token_maps(plain, image, 2).items()} == {
+        0: ["raw"], 3: ["raw"]}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["none.png", "--weights", "best.pt"], "none.png is not a picture that can be read"),
+    (["photo.png", "--weights", "none.pt"], "there is no checkpoint none.pt"),
+    (["photo.png", "--weights", "photo.png"], "photo.png is damaged or not a checkpoint"),
+    (["photo.png", "--weights", "best.pt", "--out", "photo.png"], "--out photo.png is the photo itself"),
+    (["photo.png", "--weights", "best.pt", "--out", "none/x.png"], "none/x.png could not be written"),
+    (["photo.png", "--weights", "best.pt", "--blocks", "0"], "--blocks 0 must be at least 1"),
+])
+def test_mistakes(words, message):
+    weights()
+    before = photo().read_bytes()
+    with pytest.raises(UserError, match=message):
+        explain.main(words)
+    assert photo().read_bytes() == before
+
+
+def test_the_command():
+    weights()
+    command = [sys.executable, "-m", "refiner_min.explain", "none.png", "--weights", "best.pt"]
+    environment = os.environ | {"PYTHONPATH": str(Path(explain.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: none.png is not a picture")
