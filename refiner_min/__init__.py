@@ -1,9 +1,12 @@
 """refiner_min: the reference implementation of Refiner-ViT that one can read in an evening.
 
-Start with model.py, or with the notebooks. What every command of the package shares is here.
+Start with model.py. What every part of the package shares is here: how a mistake is told, how a file is written.
 """
 
+import os
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -22,3 +25,22 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def replacing(path):
+    """A file to write bytes to, which takes the place of path when it is whole; until then path is as it was.
+    UserError: it could not be written (no such folder, no right, disk full)."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
+        raise UserError(f"{path} could not be written ({error}); what was there before still is") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()

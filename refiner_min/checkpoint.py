@@ -5,7 +5,7 @@
     load_model(path) -> model, state    a model as training saved it
     load_released(model, path)          the published .pth.tar files
 
-It imports model.py and UserError.
+It imports model.py.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from refiner_min import UserError
+from refiner_min import UserError, replacing
 from refiner_min.model import RefinerConfig, RefinerViT
 
 PUBLISHED_NAMES = (  # published part of a parameter's name, ours
@@ -47,19 +47,10 @@ def backup_of(path) -> Path:
 
 def save(state: dict, path, backup: bool = False):
     """Write state to path, whole or not at all. backup: keep the file before it. UserError: full disk, no right."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if backup and path.exists():
+    with replacing(path) as file:
+        torch.save(state, file)
+        if backup and Path(path).exists():
             os.replace(path, backup_of(path))
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); what was saved before is still there") from None
 
 
 def load(path, map_location="cpu") -> dict:
@@ -132,7 +123,8 @@ def load_released(model: RefinerViT, source, classifier: bool = True):
 
     source: a published .pth.tar file, or the state dict in it. Plain, under "state_dict" or "state_dict_ema" (the one
     preferred), with or without the prefix "module.". Positions of another grid are resized; classifier=False leaves
-    the heads out. UserError: what does not fit, key by key, or a file that is damaged or holds more than weights.
+    both heads out, a model with dense=False the token head. UserError: what does not fit, key by key, or a file that
+    is damaged or holds more than weights.
     Published: https://github.com/zhoudaquan/Refiner_ViT links L at 448 px only; its first version (2021-06) has no
     scale on the MLP's branch, so its weights do not fit.
     """
@@ -144,7 +136,10 @@ def load_released(model: RefinerViT, source, classifier: bool = True):
         if source.get(key) is not None:
             source = source[key]
             break
-    load_weights(model, {our_name(name): value for name, value in source.items()}, classifier)
+    weights = {our_name(name): value for name, value in source.items()}
+    if not model.config.dense:
+        weights = {name: value for name, value in weights.items() if not name.startswith("token_head.")}
+    load_weights(model, weights, classifier)
 
 
 def our_name(published: str) -> str:

@@ -6,11 +6,10 @@ there, a whole batch at a time but every picture in its own way. ImageNet stream
     load_subset(...) -> Subset of two splits
     split.epoch(...) -> batches of (pictures as uint8, aspects, labels); Augmentation or center_crop makes them images
 
-It imports nothing of the package but UserError.
+It imports no other module of the package.
 """
 
 import hashlib
-import io
 import math
 import os
 import shutil
@@ -28,7 +27,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from refiner_min import UserError
+from refiner_min import UserError, replacing
 
 ASSETS = Path(__file__).parent / "assets"
 SUBSETS = ("digits", "imagenette", "imagewoof", "imagenet", "folder")
@@ -97,7 +96,8 @@ class StreamSplit:
         seeds = [hash((self.seed, epoch, index)) for index in indices.tolist()]
         samples = _Samples([self.folder.samples[index] for index in indices], self.transform, seeds)
         cuda = self.device.type == "cuda"
-        loader = DataLoader(samples, batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=cuda)
+        loader = DataLoader(samples, batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=cuda,
+                            generator=torch.Generator())  # its own, so that training's draws nothing
         for pictures, labels, bad in loader:
             for message in bad:
                 if not self.skip_bad:
@@ -283,43 +283,43 @@ def _decode(root: Path, folders: dict[str, ImageFolder], size: int, skip_bad: bo
         pass
     splits = [_decode_split(folder, split, size, skip_bad) for split, folder in folders.items()]
     try:
-        buffer = io.BytesIO()
-        torch.save({"key": key, "splits": [(s.pictures, s.aspects, s.labels) for s in splits]}, buffer)
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, cache)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with replacing(cache) as file:
+            torch.save({"key": key, "splits": [(s.pictures, s.aspects, s.labels) for s in splits]}, file)
+    except UserError as error:
         print(f"not cached, so the pictures will be decoded again next time: {error}")
     return splits
 
 
 def _decode_split(folder: ImageFolder, split: str, size: int, skip_bad: bool) -> MemorySplit:
-    def decode(sample):
-        path, label = sample
+    def decode(path):
         try:
             picture = read_picture(path)
         except UserError as error:
             return str(error)
-        return squash(picture, size), picture.width / picture.height, label
+        return squash(picture, size), picture.width / picture.height
 
+    paths = [path for path, _ in folder.samples]
+    pictures = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    aspects, bad = torch.empty(len(paths)), {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(decode, folder.samples), f"decoding {split}", len(folder.samples), unit=" pictures")
-        decoded = []
-        for result in bar:
-            if isinstance(result, str) and not skip_bad:
+        results = tqdm(pool.map(decode, paths), f"decoding {split}", len(paths), unit=" pictures", disable=None)
+        for index, result in enumerate(results):
+            if not isinstance(result, str):
+                pictures[index], aspects[index] = result
+            elif skip_bad:
+                bad[index] = result
+            else:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise UserError(f"{result}; --skip-bad leaves such pictures out")
-            decoded.append(result)
-    good = [result for result in decoded if not isinstance(result, str)]
-    bad = [result for result in decoded if isinstance(result, str)]
-    if bad:
-        print(f"left out {len(bad)} of {len(decoded)} in {split}: {_some(bad)}")
-    lost = sorted(set(folder.targets) - {label for _, _, label in good})
+    labels = torch.tensor(folder.targets)
+    if not bad:
+        return MemorySplit(pictures, aspects, labels)
+    print(f"left out {len(bad)} of {len(paths)} in {split}: {_some(list(bad.values()))}")
+    good = torch.tensor([index not in bad for index in range(len(paths))])
+    lost = sorted(set(folder.targets) - set(labels[good].tolist()))
     if lost:
         raise UserError(f"no readable picture in {folder.root} for {_some([folder.classes[index] for index in lost])}")
-    pictures, aspects, labels = zip(*good)
-    return MemorySplit(torch.stack(pictures), torch.tensor(aspects), torch.tensor(labels))
+    return MemorySplit(pictures[good], aspects[good], labels[good])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def erase(images, probability: float):
     """Random erasing: a box of 2 % to 33 % of the area filled with noise, in that share of the images.
     Source: the published recipe's "pixel" mode; arXiv:1708.04896."""
     boxes = random_boxes(torch.ones(len(images), device=images.device), (0.02, 1 / 3), (0.3, 1 / 0.3))
-    boxes[torch.rand(len(images), device=images.device) >= probability] = 0
+    boxes = boxes * (torch.rand(len(images), 1, device=images.device) < probability)
     x1, y1, x2, y2 = (boxes * images.shape[3]).round().T[:, :, None]  # each (B, 1)
     pixel = torch.arange(images.shape[3], device=images.device)
     inside = ((pixel >= y1) & (pixel < y2))[:, :, None] & ((pixel >= x1) & (pixel < x2))[:, None, :]  # (B, size, size)

@@ -1,14 +1,10 @@
 """Every picture that a command or a notebook draws: numbers in, a matplotlib Figure out. It imports no other module
-of the package but UserError. The colour maps read the same to colour-blind eyes."""
-
-import io
-import os
-from pathlib import Path
+of the package. The colours are told apart by colour-blind eyes too."""
 
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from refiner_min import UserError
+from refiner_min import replacing
 
 STAGES = {"raw": "before expansion", "expanded": "after expansion", "convolved": "after local convolution",
           "refined": "after reduction"}
@@ -17,16 +13,8 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 
 def save_figure(figure: Figure, path):
     """Write figure as PNG, whole or not at all. UserError: path cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error})") from None
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def training_curves(history: list[dict], title: str) -> Figure:

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from refiner_min import UserError, __version__, checkpoint, data, model, plots, run_command
+from refiner_min import UserError, __version__, checkpoint, data, model, plots, replacing, run_command
 
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 LOOK_EVERY = 20  # steps between two looks at the loss and, with several processes, at a request to stop
@@ -249,21 +249,26 @@ def make_augmentation(recipe: Recipe, split) -> data.Augmentation:
                              erasing=recipe.erasing)
 
 
+def zeros(count: int, device: torch.device) -> torch.Tensor:
+    """To sum up in; Apple's GPUs have no float64."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
 class LossWatch:
     """Sums the loss where it is computed. What it shows is a few steps old on a GPU, which is never waited for."""
 
     def __init__(self, device):
         self.device = device
-        self.total = torch.zeros(3, dtype=torch.float64, device=device)  # sum of losses, pictures, first bad step + 1
+        self.total = zeros(3, device)  # sum of losses, pictures, first bad step + 1
         self.shown, self.pending = math.nan, None
 
     def add(self, loss, count: int, step: int):
-        loss = loss.detach().double()
+        loss = loss.detach()
         self.total[0] += loss * count
         self.total[1] += count
         self.total[2] += (step + 1) * ((self.total[2] == 0) & ~loss.isfinite())
         if self.pending is None and (step % LOOK_EVERY == 0 or self.device.type == "cpu"):
-            values = torch.stack([loss, self.total[2]]).to("cpu", non_blocking=True)
+            values = torch.stack([loss.to(self.total), self.total[2]]).to("cpu", non_blocking=True)
             event = torch.cuda.Event() if self.device.type == "cuda" else None
             if event is not None:
                 event.record()
@@ -430,7 +435,7 @@ class Run:
         """Mean loss and accuracy over the validation pictures, in float32: so that no machine and no batch size
         changes them."""
         network = self.evaluated().eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # sum of losses, right answers, pictures
+        totals = zeros(3, self.device)  # sum of losses, right answers, pictures
         indices = torch.arange(self.rank, len(self.val_split), self.world)
         for pictures, aspects, labels in self.val_split.epoch(indices, self.recipe.batch_size):
             if isinstance(self.val_split, data.StreamSplit):
@@ -453,7 +458,6 @@ class Run:
 
 def facts(run: Run) -> dict:
     """What config.json says: enough to run it again and to compare it."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "command": " ".join(["python -m refiner_min.train", *sys.argv[1:]]),
         "subset": run.subset.name,
@@ -467,8 +471,18 @@ def facts(run: Run) -> dict:
         "processes": run.world,
         "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
                      "python": platform.python_version()},
-        "commit": git.stdout.strip() or None,
+        "commit": package_commit(),
     }
+
+
+def package_commit() -> str | None:
+    """The last commit that changed the package; None where there is no git or no repository of it."""
+    try:
+        git = subprocess.run(["git", "log", "-1", "--format=%H", "--", "."], cwd=Path(__file__).parent,
+                             capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def describe(device: torch.device) -> str:
@@ -478,20 +492,16 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
 
 
-def write_text(path: Path, text: str):
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error})") from None
+def write_json(path: Path, record: dict):
+    with replacing(path) as file:
+        file.write(f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def write_history(out: Path, history: list[dict], title: str):
     """metrics.csv and curves.png, anew from the history, so that they never disagree with the checkpoint."""
-    lines = [",".join(history[0]), *(",".join(str(value) for value in row.values()) for row in history)]
-    write_text(out / "metrics.csv", "\n".join(lines) + "\n")
+    lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
+    with replacing(out / "metrics.csv") as file:
+        file.write("\n".join([*lines, ""]).encode())
     plots.save_figure(plots.training_curves(history, title), out / "curves.png")
 
 
@@ -604,9 +614,7 @@ def check_saved(saved: dict, asked: dict, path):
 def load_start(network: model.RefinerViT, state: dict, path: str, class_names: list[str]):
     """Put the weights of state, ours or published, into network; its heads stay new where the classes are others."""
     if "config" not in state:
-        weights = state.get("state_dict_ema") or state.get("state_dict") or state
-        weights = {name: value for name, value in weights.items() if network.config.dense or "aux_head" not in name}
-        return checkpoint.load_released(network, weights, classifier=network.config.num_classes == 1000)
+        return checkpoint.load_released(network, state, classifier=network.config.num_classes == 1000)
     free = ("img_size", "num_classes", "drop_path", "dense")
     asked = {name: value for name, value in asdict(network.config).items() if name not in free}
     check_saved(state["config"], asked, path)
@@ -638,7 +646,7 @@ def open_run(args: argparse.Namespace, given: dict, device: torch.device) -> tup
     else:
         recipe = choose_recipe(args.subset, device, given)
     subset = open_subset(args, recipe)
-    network = build_model(recipe, subset, dense=args.eval and not ours)
+    network = build_model(recipe, subset, dense=args.eval and not ours)  # the published models evaluate with both heads
     if state is not None and args.resume is None:
         load_start(network, state, path, subset.class_names)
         if args.eval and ours and state["classes"] != subset.class_names:
@@ -681,7 +689,7 @@ def prepare_folder(run: Run, out: Path):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error})") from None
-    write_text(out / "config.json", json.dumps(facts(run), indent=1) + "\n")
+    write_json(out / "config.json", facts(run))
 
 
 def finish(run: Run, out: Path, title: str):
@@ -694,7 +702,7 @@ def finish(run: Run, out: Path, title: str):
               "best_epoch": best["epoch"], "weights": "EMA" if run.ema is not None else "last"}
     path = out / "config.json"
     record = json.loads(path.read_text()) if path.exists() else facts(run)
-    write_text(path, json.dumps(record | {"result": result}, indent=1) + "\n")
+    write_json(path, record | {"result": result})
     weights = "the weights' moving average" if run.ema is not None else "the weights"
     print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
           f"{best['epoch']}), {result['minutes']:.1f} minutes of training; {out}/best.pt, {out}/curves.png")
@@ -725,6 +733,8 @@ def main(arguments=None) -> int:
         raise UserError(f"--batch-size {run.recipe.batch_size} needs more memory than the GPU has") from None
     if status == 0 and run.rank == 0:
         finish(run, out, title)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return status
 
 

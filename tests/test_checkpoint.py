@@ -214,6 +214,12 @@ def test_heads_can_be_left_out():
     assert torch.equal(model.blocks[0].attention.qkv.weight, source.blocks[0].attention.qkv.weight)
 
 
+def test_a_model_without_token_head_takes_the_rest():
+    source, model = RefinerViT(RefinerConfig(**TINY)), RefinerViT(RefinerConfig(**TINY | dict(dense=False)))
+    checkpoint.load_released(model, published_state(source))
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="no weights at"):
         checkpoint.load_released(RefinerViT(RefinerConfig(**TINY)), tmp_path / "none.pth.tar")

@@ -172,7 +172,7 @@ def test_what_cannot_be_cached_is_still_read(tmp_path, monkeypatch, capsys):
     def refuse(*paths):
         raise OSError("read-only file system")
 
-    monkeypatch.setattr(data.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert len(data.load_subset("folder", str(root), 16).train) == 18
     assert "not cached" in capsys.readouterr().out
     assert sorted(file.name for file in root.iterdir()) == ["train", "val"]
