@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim if own else config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def raw_map(self, x, handed):
+    def raw_map_and_values(self, x, handed):
         """The map before its refinement (B, H, N, N), softmax(q k^T scale) + scale * handed or the map handed to it,
         and the values (B, H, N, C/H)."""
         heads = self.config.heads
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return (raw if handed is None else raw + self.scale * handed), v
 
     def forward(self, x, handed=None):
-        raw, v = self.raw_map(x, handed)  # (B, H, N, N), (B, H, N, C/H)
+        raw, v = self.raw_map_and_values(x, handed)  # (B, H, N, N), (B, H, N, C/H)
         refined = self.refinement(raw) if self.refinement is not None else raw
         x = self.proj((refined @ v).transpose(1, 2).flatten(2))  # (B, H, N, C/H) -> (B, N, C)
         if self.config.linear or not self.config.refine:
@@ -145,7 +145,7 @@ class Attention(nn.Module):
 
     def maps(self, x, handed=None) -> AttentionMaps:
         """Every map that forward builds from the same input."""
-        raw, _ = self.raw_map(x, handed)
+        raw, _ = self.raw_map_and_values(x, handed)
         if self.refinement is None:
             return AttentionMaps(raw)
         expanded = self.refinement.expand(raw)  # (B, E, N, N); nn.Identity hands its input on

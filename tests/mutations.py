@@ -83,7 +83,8 @@ TESTS = {"__init__": "checkpoint"}  # the tests of a module that are named other
 
 
 def run_tests(project: Path, file: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", f"tests/test_{TESTS.get(file, file)}.py"]
+    tests = f"tests/test_{TESTS.get(file, file)}.py"
+    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", tests]
     environment = os.environ | {"PYTHONPATH": str(project)}
     return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
 

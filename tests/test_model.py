@@ -147,7 +147,7 @@ def test_linear_form_aggregates_locally_then_attends():
     attention = model.blocks[0].attention
     refinement = attention.refinement
     tokens = torch.randn(2, 17, 24, dtype=torch.float64)
-    raw, values = attention.raw_map(tokens, None)
+    raw, values = attention.raw_map_and_values(tokens, None)
     expand, kernels, reduce = (stage[0].weight for stage in (refinement.expand, refinement.convolve, refinement.reduce))
 
     batch, heads, length, channels = values.shape
