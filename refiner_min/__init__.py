@@ -5,7 +5,7 @@ Start with model.py. What every part of the package shares is here: how a mistak
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -42,5 +42,5 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
         raise UserError(f"{path} could not be written ({error}); what was there before still is") from None
     finally:
-        if temporary.exists():
+        with suppress(OSError):
             temporary.unlink()

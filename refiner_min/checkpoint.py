@@ -10,8 +10,8 @@ It imports model.py.
 
 import argparse
 import os
-import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,19 +63,26 @@ def load(path, map_location="cpu") -> dict:
         if not backup.exists():
             raise error if isinstance(error, UserError) else UserError(f"there is no checkpoint {path}") from None
         print(f"{path} is {'damaged' if path.exists() else 'missing'}: going on from the one before it, {backup.name}")
+        with suppress(OSError):  # out of the way, so that the next save does not make it the backup
+            os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
         return _read(backup, map_location)
 
 
-def _read(path: Path, map_location="cpu"):
+def _read(path: Path, map_location="cpu") -> dict:
     """torch.load for weights, and for argparse.Namespace, which the published files hold beside them; nothing else."""
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch checks no checksum
-            raise ValueError(f"{part} does not match its checksum")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if part := file.testzip():  # torch looks at no checksum
+                    raise ValueError(f"{part} does not match its checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            state = torch.load(path, map_location=map_location, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except FileNotFoundError:
         raise
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage shows in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
 
@@ -84,7 +91,7 @@ def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
     """The model that training saved at path, EMA weights where it kept them, in evaluation mode; and all of the file.
     UserError: no such file, damaged, or not of this package."""
     state = load(path, map_location)
-    if not isinstance(state, dict) or "config" not in state:
+    if "config" not in state:
         raise UserError(f"{path} was not written by refiner_min.train; published weights: checkpoint.load_released")
     model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
     load_weights(model, state.get("ema") or state["model"])
@@ -94,10 +101,9 @@ def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
 def load_weights(model: RefinerViT, weights: dict, classifier: bool = True):
     """Copy weights, by our names, into model. Positions of another grid are resized; classifier=False leaves the
     heads as they are. UserError: whatever does not fit, key by key, and then nothing is copied."""
-    weights = {name: value for name, value in weights.items()
-               if classifier or not name.startswith(("head.", "token_head."))}
-    own = {name: value for name, value in model.state_dict().items()
-           if classifier or not name.startswith(("head.", "token_head."))}
+    left_out = () if classifier else ("head.", "token_head.")
+    weights, own = ({name: value for name, value in values.items() if not name.startswith(left_out)}
+                    for values in (weights, model.state_dict()))
     position = weights.get("position")
     if position is not None and position.shape != own["position"].shape and position.shape[2] == model.config.dim:
         weights["position"] = _resize_position(position, model.config.grid)

@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ DOWNLOADS = {  # subset: folder that the archive holds, address, md5
                   "3d200a7be99704a0d7509be2a9fbfe15"),
 }
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded pictures; a larger folder streams
+SKIP_HINT = "--skip-bad leaves such pictures out"
 CLASS_NAMES = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
@@ -58,6 +60,7 @@ class MemorySplit:
     pictures: torch.Tensor  # (n, channels, S, S) uint8
     aspects: torch.Tensor  # (n,) float32, width over height before the squashing
     labels: torch.Tensor  # (n,) int64
+    cropped = False  # the pictures of a batch are whole
 
     def __len__(self):
         return len(self.labels)
@@ -71,16 +74,24 @@ class MemorySplit:
             yield self.pictures[batch], self.aspects[batch], self.labels[batch]
 
 
-@dataclass
 class StreamSplit:
-    """A split that is read from disk as it is needed, by worker processes."""
+    """A split that is read from disk as it is needed, by worker processes that live as long as it does.
 
-    folder: ImageFolder
-    transform: v2.Transform  # PIL picture -> (3, size, size) uint8
-    seed: int
-    workers: int
-    skip_bad: bool
-    device: torch.device
+    transform: PIL picture -> (3, size, size) uint8. What is random in it depends on seed, epoch and picture only, never
+    on the workers. A picture that cannot be read is a UserError naming it, or with skip_bad left out and counted.
+    """
+
+    cropped = True  # by the transform: the pictures of a batch are as large as the images
+
+    def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False):
+        self.folder, self.transform, self.seed, self.workers = folder, transform, seed, workers
+        self.skip_bad, self.bad = skip_bad, set()
+        self.device = torch.device("cpu")
+        self.batches = []  # of (index, seed), filled anew for every epoch
+        self.loader = DataLoader(
+            _Samples(folder.samples, transform), batch_sampler=self.batches, num_workers=workers, collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, worker_init_fn=_ignore_signals,
+            generator=torch.Generator())  # its own, so that it does not draw from training's
 
     def __len__(self):
         return len(self.folder.samples)
@@ -90,40 +101,41 @@ class StreamSplit:
         return self
 
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
-        """Yield (pictures, aspects, labels) of the indices, batch by batch; a picture that cannot be read is a
-        UserError naming it, or left out with skip_bad. What is random in a picture depends on seed, epoch and
-        picture only, never on the workers."""
-        seeds = [hash((self.seed, epoch, index)) for index in indices.tolist()]
-        samples = _Samples([self.folder.samples[index] for index in indices], self.transform, seeds)
-        cuda = self.device.type == "cuda"
-        loader = DataLoader(samples, batch_size, num_workers=self.workers, collate_fn=_collate, pin_memory=cuda,
-                            generator=torch.Generator())  # its own, so that training's draws nothing
-        for pictures, labels, bad in loader:
+        """Yield (pictures, aspects, labels) of the indices, batch by batch."""
+        seeded = [(index, hash((self.seed, epoch, index))) for index in indices.tolist()]
+        self.batches[:] = [seeded[start:start + batch_size] for start in range(0, len(seeded), batch_size)]
+        for pictures, labels, bad in self.loader:
             for message in bad:
-                if not self.skip_bad:
-                    raise UserError(message)
-                tqdm.write(f"left out: {message}")
+                self._leave_out(message)
             if not len(labels):
                 raise UserError(f"no picture of a whole batch could be read; the last one: {bad[-1]}")
-            aspects = torch.ones(len(labels))  # the workers have cropped already
-            yield tuple(tensor.to(self.device, non_blocking=True) for tensor in (pictures, aspects, labels))
+            pictures, labels = (tensor.to(self.device, non_blocking=True) for tensor in (pictures, labels))
+            yield pictures, torch.ones(len(labels), device=self.device), labels
+
+    def _leave_out(self, message: str):
+        if not self.skip_bad:
+            raise UserError(f"{message}; {SKIP_HINT}")
+        if message not in self.bad:
+            self.bad.add(message)
+            tqdm.write(f"left out, {len(self.bad)} so far: {message}")
 
 
 class _Samples(Dataset):
-    def __init__(self, samples, transform, seeds):
-        self.samples, self.transform, self.seeds = samples, transform, seeds
+    def __init__(self, samples, transform):
+        self.samples, self.transform = samples, transform
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index_and_seed):
+        index, seed = index_and_seed
         path, label = self.samples[index]
         try:
             picture = read_picture(path)
         except UserError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seeds[index])
+            torch.manual_seed(seed)
             return self.transform(picture), label
 
 
@@ -131,6 +143,12 @@ def _collate(samples):
     good = [sample for sample in samples if not isinstance(sample, str)]
     pictures, labels = default_collate(good) if good else (torch.empty(0), torch.empty(0))
     return pictures, labels, [sample for sample in samples if isinstance(sample, str)]
+
+
+def _ignore_signals(worker: int):
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the training process to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -152,12 +170,12 @@ class Subset:
 # Opening a subset
 
 
-def load_subset(subset: str, data: str | None, size: int, *, crop: float = 1.0, seed: int = 0, workers: int = 0,
+def load_subset(subset: str, data: str | None, size: int, *, eval_crop: float = 1.0, seed: int = 0, workers: int = 0,
                 skip_bad: bool = False, transform=None) -> Subset:
     """Open a subset by name for images of size x size pixels.
 
     data: the extracted folder with train/ and val/; None looks in data/ and downloads what can be downloaded.
-    crop: the share of the shorter side that evaluation keeps. transform: the training transform of a streamed set.
+    For a streamed set: eval_crop, the share of the shorter side that evaluation keeps; transform, that of training.
     UserError: what is missing, empty or unreadable.
     """
     if subset == "digits":
@@ -172,9 +190,9 @@ def load_subset(subset: str, data: str | None, size: int, *, crop: float = 1.0, 
     stored = stored_size(size)
     count = sum(len(folder.samples) for folder in folders.values())
     if subset == "imagenet" or count * 3 * stored**2 > MEMORY_LIMIT:
-        resize = v2.Resize(math.floor(size / crop), v2.InterpolationMode.BICUBIC)
+        resize = v2.Resize(math.floor(size / eval_crop), v2.InterpolationMode.BICUBIC)
         whole = v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
-        options = dict(seed=seed, workers=workers, skip_bad=skip_bad, device=torch.device("cpu"))
+        options = dict(seed=seed, workers=workers, skip_bad=skip_bad)
         return Subset(subset, str(root), StreamSplit(folders["train"], transform or stream_transform(size), **options),
                       StreamSplit(folders["val"], whole, **options), classes)
     return Subset(subset, str(root), *_decode(root, folders, stored, skip_bad), classes)
@@ -201,6 +219,7 @@ def _download(subset: str, root: Path = Path("data")) -> Path:
     if target.exists():
         return target
     try:  # extracted aside and renamed, so that a folder found later is a whole one
+        shutil.rmtree(staging / name, ignore_errors=True)  # what an interrupted extraction left
         if subset == "imagenette":
             staging.mkdir(parents=True, exist_ok=True)
             Imagenette(staging, size="160px", download=True)
@@ -310,7 +329,7 @@ def _decode_split(folder: ImageFolder, split: str, size: int, skip_bad: bool) ->
                 bad[index] = result
             else:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise UserError(f"{result}; --skip-bad leaves such pictures out")
+                raise UserError(f"{result}; {SKIP_HINT}")
     labels = torch.tensor(folder.targets)
     if not bad:
         return MemorySplit(pictures, aspects, labels)
@@ -324,6 +343,11 @@ def _decode_split(folder: ImageFolder, split: str, size: int, skip_bad: bool) ->
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Cropping and augmenting, a batch at a time
+
+
+def normalise(pictures):
+    """uint8 to float32 with mean 0.5 and deviation 0.5: from -1 to 1."""
+    return pictures.float() / 127.5 - 1
 
 
 def crop(pictures, boxes, size: int, flips=None, turns=None):
@@ -340,7 +364,7 @@ def crop(pictures, boxes, size: int, flips=None, turns=None):
     rows = [torch.stack([width * cos * mirror, -height * sin, centre[:, 0]], dim=1),
             torch.stack([width * sin * mirror, height * cos, centre[:, 1]], dim=1)]
     grid = F.affine_grid(torch.stack(rows, dim=1), (len(pictures), 1, size, size), align_corners=False)
-    return F.grid_sample(pictures.float(), grid, align_corners=False) / 127.5 - 1
+    return normalise(F.grid_sample(pictures.float(), grid, align_corners=False))
 
 
 def center_crop(pictures, aspects, size: int, share: float = 1.0):
@@ -401,7 +425,7 @@ class Augmentation:
 
     def __call__(self, pictures, aspects):
         if self.area is None:
-            images = pictures.float() / 127.5 - 1
+            images = normalise(pictures)
         else:
             flips = torch.rand_like(aspects) < self.flip
             turns = torch.empty_like(aspects).uniform_(-1, 1) * math.radians(self.turn)

@@ -39,7 +39,8 @@ class RefinerConfig:
     drop_path: float = 0.0  # stochastic depth: this rate at the last block, rising linearly from 0 at the first
 
     def __post_init__(self):
-        for name in ("img_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads", "expand"):
+        for name in ("img_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads", "expand",
+                     "kernel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for wrong, message in (
@@ -224,7 +225,8 @@ class RefinerViT(nn.Module):
         patches = self.stem(images).flatten(2).transpose(1, 2)  # (B, N-1, C), row by row
         if mix_box is not None:
             patches = swap_tokens(patches, mix_box)
-        return torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1) + self.position  # (B, N, C)
+        tokens = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)  # (B, N, C)
+        return tokens + self.position
 
     def forward_features(self, images, mix_box=None):
         """Images to the tokens after the last norm: (B, in_channels, S, S) -> (B, N, C)."""

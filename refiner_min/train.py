@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import statistics
 import subprocess
@@ -40,8 +41,9 @@ LOOK_EVERY = 20  # steps between two looks at the loss and, with several process
 # Recipes: all that decides a run's numbers, and what is chosen for each subset
 
 
-def option(default, text: str, **argparse_options):
-    return field(default=default, metadata={"help": text, **argparse_options})
+def option(default, text: str, low=-math.inf, high=math.inf, choices=None):
+    """A field of a recipe: its default, what it is, and the range that it must lie in."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -49,36 +51,50 @@ class Recipe:
     """What a run is made of. Every field is a flag of the command; the subclasses are the presets."""
 
     model: str = option("ti", "size of the model", choices=tuple(MODELS))
-    img_size: int = option(64, "pixels a side")
-    patch_size: int = option(8, "pixels a side of a patch")
+    img_size: int = option(64, "pixels a side", 2)
+    patch_size: int = option(8, "pixels a side of a patch", 2)
     refine: bool = option(True, "refine the attention maps; --no-refine is a plain ViT of the same depth and width")
     share: bool = option(True, "blocks in pairs of own and shared map; --no-share refines every block's own")
-    expand: int = option(3, "expanded maps a head; 1 for no expansion")
-    kernel_size: int = option(3, "of the local convolution on the maps; 1 for none")
+    expand: int = option(3, "expanded maps a head; 1 for no expansion", 1)
+    kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1)
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
-    drop_path: float = option(0.0, "rate of stochastic depth at the last block")
-    epochs: int = option(12, "passes over the training pictures")
-    batch_size: int = option(64, "pictures a step, over all processes together")
-    lr: float = option(1e-3, "peak learning rate; not given, the preset's is scaled with the batch size")
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine")
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up")
-    cooldown_epochs: int = option(0, "epochs at min-lr at the end, counted in epochs")
-    weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only")
-    ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated; 0 for none")
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two")
-    cutmix: float = option(0.0, "alpha of cutmix; 0 for none")
-    crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's")
-    crop_max: float = option(1.0, "largest; above 1 zooms out")
-    flip: float = option(0.5, "probability of a mirrored picture")
-    turn: float = option(0.0, "degrees to either side (decoded sets)")
-    colour: float = option(0.0, "strength of brightness, contrast and saturation changes (decoded sets)")
-    randaugment: int = option(0, "magnitude of RandAugment, 0 for none (streamed sets)")
-    erasing: float = option(0.0, "probability of random erasing")
-    eval_crop: float = option(1.0, "share of the shorter side that evaluation looks at")
-    seed: int = option(0, "of the weights, the order and the augmentation")
+    drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
+    epochs: int = option(12, "passes over the training pictures", 1)
+    batch_size: int = option(64, "pictures a step, over all processes together", 1)
+    lr: float = option(1e-3, "peak learning rate; not given, the preset's is scaled with the batch size", 1e-12)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", 0)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; not given, fewer in a shorter run", 0)
+    cooldown_epochs: int = option(0, "last epochs, at min-lr; not given, fewer in a shorter run", 0)
+    weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only", 0)
+    ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated; 0 for none", 0, 1)
+    smoothing: float = option(0.1, "label smoothing", 0, 1)
+    mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two", 0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0)
+    crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's", 0.001)
+    crop_max: float = option(1.0, "largest; above 1 zooms out (decoded sets)", 0.001)
+    flip: float = option(0.5, "probability of a mirrored picture", 0, 1)
+    turn: float = option(0.0, "degrees to either side (decoded sets)", 0, 180)
+    colour: float = option(0.0, "strength of brightness, contrast and saturation changes (decoded sets)", 0, 1)
+    randaugment: int = option(0, "magnitude of RandAugment, 0 for none (streamed sets)", 0, 30)
+    erasing: float = option(0.0, "probability of random erasing", 0, 1)
+    eval_crop: float = option(1.0, "share of the shorter side that evaluation looks at", 0.01, 1)
+    seed: int = option(0, "of the weights, the order and the augmentation", 0)
     amp: str = option("auto", "number format of the matrix products; auto: bf16 where the hardware has it",
                       choices=("auto", "bf16", "fp16", "off"))
+
+    def check(self):
+        """UserError naming the first field that is out of its range."""
+        for item in fields(Recipe):
+            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
+            flag = f"--{item.name.replace('_', '-')} {value}"
+            if item.type in (int, float) and not low <= value <= high:
+                top = f" and at most {high:g}" if high < math.inf else ""
+                raise UserError(f"{flag} must be at least {low:g}{top}")
+        if self.crop_min > self.crop_max:
+            raise UserError(f"--crop-min {self.crop_min} must not be above --crop-max {self.crop_max}")
+        if self.warmup_epochs + self.cooldown_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs {self.warmup_epochs:g} and --cooldown-epochs {self.cooldown_epochs} must "
+                            f"fit into --epochs {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -178,13 +194,12 @@ def choose_recipe(subset: str, device: torch.device, given: dict) -> Recipe:
     if given.get("linear"):
         given = {"share": False} | given
     recipe = replace(preset, **given)
-    for name in ("epochs", "batch_size"):
-        if getattr(recipe, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(recipe, name)} must be at least 1")
-    if "lr" not in given:
-        recipe = replace(recipe, lr=preset.lr * recipe.batch_size / preset.batch_size)
-    if recipe.amp == "auto":
-        recipe = replace(recipe, amp=hardware_amp(device))
+    shorter = min(recipe.epochs / preset.epochs, 1)
+    derived = {"lr": preset.lr * recipe.batch_size / preset.batch_size,
+               "warmup_epochs": preset.warmup_epochs * shorter,
+               "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware_amp(device)}
+    recipe = replace(recipe, **{name: value for name, value in derived.items() if given.get(name, "auto") == "auto"})
+    recipe.check()
     return recipe
 
 
@@ -243,8 +258,7 @@ def make_mixing(recipe: Recipe, num_classes: int):
 
 
 def make_augmentation(recipe: Recipe, split) -> data.Augmentation:
-    streamed = isinstance(split, data.StreamSplit)
-    area, colour = (None, 0.0) if streamed else ((recipe.crop_min, recipe.crop_max), recipe.colour)
+    area, colour = (None, 0.0) if split.cropped else ((recipe.crop_min, recipe.crop_max), recipe.colour)
     return data.Augmentation(recipe.img_size, area, flip=recipe.flip, turn=recipe.turn, colour=colour,
                              erasing=recipe.erasing)
 
@@ -268,18 +282,21 @@ class LossWatch:
         self.total[1] += count
         self.total[2] += (step + 1) * ((self.total[2] == 0) & ~loss.isfinite())
         if self.pending is None and (step % LOOK_EVERY == 0 or self.device.type == "cpu"):
-            values = torch.stack([loss.to(self.total), self.total[2]]).to("cpu", non_blocking=True)
-            event = torch.cuda.Event() if self.device.type == "cuda" else None
-            if event is not None:
-                event.record()
-            self.pending = values, event
+            cuda = self.device.type == "cuda"
+            values = torch.stack([loss.to(self.total), self.total[2]]).to("cpu", non_blocking=cuda)
+            self.pending = values, torch.cuda.current_stream().record_event() if cuda else None
         if self.pending is not None and (self.pending[1] is None or self.pending[1].query()):
             (self.shown, bad), self.pending = self.pending[0].tolist(), None
             self.check(bad)
 
     def mean(self) -> float:
-        """The mean loss a picture since the start; waits for the device. UserError if it was ever not finite."""
+        """The mean loss a picture since the start; waits for the device. UserError if it was ever not finite.
+        Of several processes the first one then holds all of the sums, to be saved."""
+        if dist.is_initialized():
+            dist.all_reduce(self.total)
         loss, count, bad = self.total.tolist()
+        if dist.is_initialized() and dist.get_rank():
+            self.total.zero_()
         self.check(bad)
         return loss / count
 
@@ -306,13 +323,13 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agreed(self, step: int, device) -> bool:
+    def agreed(self, step: int) -> bool:
         """Whether to stop after this step; several processes ask each other now and then, and stop together."""
         if not dist.is_initialized():
             return self.signal is not None
         if step % LOOK_EVERY:
             return False
-        number = torch.tensor(self.signal or 0, device=device)
+        number = torch.tensor(self.signal or 0)  # on the CPU, so that no GPU is waited for
         dist.all_reduce(number, dist.ReduceOp.MAX)
         self.signal = int(number) or None
         return self.signal is not None
@@ -326,22 +343,25 @@ class Run:
     """A training run: the model, its average, the optimizer and how far they are. Everything that is random in a step
     is drawn from a seed made of the run's seed and the step, so no state of a generator needs to be kept."""
 
-    def __init__(self, recipe: Recipe, subset: data.Subset, network: model.RefinerViT, device: torch.device,
+    def __init__(self, recipe: Recipe, subset: data.Subset, net: model.RefinerViT, device: torch.device, out: Path,
                  compiled: bool = False):
-        self.recipe, self.subset, self.device = recipe, subset, device
+        self.recipe, self.device, self.out = recipe, device, out
+        self.subset = replace(subset, train=subset.train.to(device), val=subset.val.to(device))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.train_split, self.val_split = subset.train.to(device), subset.val.to(device)
+        self.local_batch = recipe.batch_size // self.world  # pictures a step in this process
         self.steps_per_epoch = len(subset.train) // recipe.batch_size
-        self.model = network.to(device)
-        self.ema = deepcopy(self.model) if recipe.ema else None
+        self.model = net.to(device)
+        self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.wrapped = torch.compile(self.wrapped) if compiled else self.wrapped
+        self.ema = deepcopy(self.model).eval() if recipe.ema else None
+        self.averaged = [[value for value in net.state_dict().values() if value.is_floating_point()]
+                         for net in (self.ema, self.model) if net is not None]
         groups = parameter_groups(self.model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=device.type in ("cpu", "cuda"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(recipe, self.steps_per_epoch))
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self.mix = make_mixing(recipe, len(subset.classes))
         self.augment = make_augmentation(recipe, subset.train)
-        self.network = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        self.network = torch.compile(self.network) if compiled else self.network
         self.step, self.history, self.loss = 0, [], LossWatch(device)
         self.seconds = 0.0  # of the epoch under way, spent before an interruption
 
@@ -349,26 +369,16 @@ class Run:
     def epoch(self) -> int:
         return self.step // self.steps_per_epoch
 
-    def evaluated(self):
-        """The weights that are evaluated and kept as the best: the average, if there is one."""
+    @property
+    def best_model(self) -> model.RefinerViT:
+        """What is evaluated, and kept as best.pt: the average of the weights, if there is one."""
         return self.ema if self.ema is not None else self.model
 
-    def update_average(self):
-        """Move the average towards the weights and BatchNorm's statistics; young, it follows them closely. torch's
-        AveragedModel waits for the GPU every step, to move its counter there; so only its function is used."""
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        average, current = ([value for value in module.state_dict().values() if value.is_floating_point()]
-                            for module in (self.ema, self.model))
-        get_ema_multi_avg_fn(decay)(average, current, None)
-
-    def autocast(self):
-        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
-
     def origin(self) -> dict:
-        """What was trained on what."""
-        return {"config": asdict(self.model.config), "recipe": asdict(self.recipe), "subset": self.subset.name,
-                "data": self.subset.root, "classes": self.subset.class_names}
+        """What is trained on what."""
+        return {"subset": self.subset.name, "data": self.subset.root, "recipe": asdict(self.recipe),
+                "config": asdict(self.model.config), "classes": self.subset.class_names,
+                "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world}
 
     def state(self) -> dict:
         """All of the run, to go on from."""
@@ -380,10 +390,6 @@ class Run:
             "loss": self.loss.total, "seconds": self.seconds,
         }
 
-    def best_state(self) -> dict:
-        """What using the model needs."""
-        return {**self.origin(), "model": self.evaluated().state_dict(), "row": self.history[-1]}
-
     def restore(self, state: dict):
         """Go on from a state."""
         self.model.load_state_dict(state["model"])
@@ -393,86 +399,182 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        self.loss.total.copy_(state["loss"])
+        if self.rank == 0:  # which holds the sums of all
+            self.loss.total.copy_(state["loss"])
 
     def order(self, epoch: int) -> torch.Tensor:
         """This process's share of the epoch's pictures, batch by batch; the incomplete last batch is left out."""
         generator = torch.Generator().manual_seed(hash((self.recipe.seed, epoch)))
-        order = torch.randperm(len(self.train_split), generator=generator)
+        order = torch.randperm(len(self.subset.train), generator=generator)
         return order[: self.steps_per_epoch * self.recipe.batch_size].view(-1, self.world)[:, self.rank]
 
     def train_epoch(self, stop: StopRequest, bar: tqdm):
         """Train to the end of the epoch, or to the end of the step in which stopping is asked for."""
-        self.network.train()
-        share = self.recipe.batch_size // self.world  # pictures a step in this process
+        self.wrapped.train()
         epoch, start = divmod(self.step, self.steps_per_epoch)
-        for pictures, aspects, labels in self.train_split.epoch(self.order(epoch)[start * share:], share, epoch):
+        rest = self.order(epoch)[start * self.local_batch:]
+        for pictures, aspects, labels in self.subset.train.epoch(rest, self.local_batch, epoch):
             torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)))
             images, labels = self.mix(self.augment(pictures, aspects), labels)
             self.train_step(images, labels)
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
-            if stop.agreed(self.step, self.device):
+            if stop.agreed(self.step):
                 return
 
     def train_step(self, images, labels):
         """One step on images (B, channels, S, S) and labels (B,), or (B, K) when they are mixed."""
         with self.autocast():
-            logits = self.network(images)
+            logits = self.wrapped(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.smoothing)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.ema is not None:
-            self.update_average()
+        self.update_average()
         self.loss.add(loss, len(images), self.step)
         self.step += 1
 
+    def autocast(self):
+        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
+
+    def update_average(self):
+        """Move the average towards the weights and BatchNorm's statistics; young, it follows them closely. torch's
+        AveragedModel waits for the GPU every step, to move its counter there; so only its function is used."""
+        if self.ema is not None:
+            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+            get_ema_multi_avg_fn(decay)(*self.averaged, None)
+
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the validation pictures, in float32: so that no machine and no batch size
-        changes them."""
-        network = self.evaluated().eval()
+    def evaluate(self) -> tuple[float, int, int]:
+        """Mean loss over the validation pictures, how many were right, and of how many. Without autocast."""
+        net, val = self.best_model.eval(), self.subset.val
+        if self.world > 1:  # each process has its own statistics in BatchNorm: the first one's count, and are saved
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
         totals = zeros(3, self.device)  # sum of losses, right answers, pictures
-        indices = torch.arange(self.rank, len(self.val_split), self.world)
-        for pictures, aspects, labels in self.val_split.epoch(indices, self.recipe.batch_size):
-            if isinstance(self.val_split, data.StreamSplit):
-                images = pictures.float() / 127.5 - 1
+        indices = torch.arange(self.rank, len(val), self.world)
+        for pictures, aspects, labels in val.epoch(indices, self.local_batch):
+            if val.cropped:
+                images = data.normalise(pictures)
             else:
                 images = data.center_crop(pictures, aspects, self.recipe.img_size, self.recipe.eval_crop)
-            logits = network(images)
+            logits = net(images)
             totals[0] += F.cross_entropy(logits, labels, reduction="sum")
             totals[1] += (logits.argmax(dim=1) == labels).sum()
             totals[2] += len(labels)
         if self.world > 1:
             dist.all_reduce(totals)
         loss, right, count = totals.tolist()
-        return loss / count, right / count
+        return loss / count, int(right), int(count)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The run's folder
+# Training, and what it leaves in the run's folder
 
 
-def facts(run: Run) -> dict:
+HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
+TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
+         "{images_per_second:>8.0f}")
+
+
+def fit(run: Run, arguments: list[str]) -> int:
+    """Train to the end, saving after every epoch. Returns the exit status: 0, or 128 + the signal that ended it."""
+    total, batch, main = run.recipe.epochs * run.steps_per_epoch, run.recipe.batch_size, run.rank == 0
+    bar = tqdm(total=total * batch, initial=run.step * batch, unit="img", unit_scale=True, dynamic_ncols=True,
+               disable=None if main else True)  # None: no bar where there is no terminal
+    if main:
+        if run.step == 0:  # a run that is killed in its first epoch can be resumed too
+            checkpoint.save(run.state(), run.out / "last.pt")
+        tqdm.write("\n".join([HEADER, *(TABLE.format(**row) for row in run.history)]))
+    with StopRequest() as stop, bar:
+        while run.step < total:
+            epoch, started = run.epoch, time.perf_counter()
+            run.train_epoch(stop, bar)
+            loss = run.loss.mean()  # waits for the device, so that the time is right
+            run.seconds += time.perf_counter() - started
+            if run.epoch == epoch:  # stopped on the way
+                return stopped(run, stop, arguments)
+            finish_epoch(run, loss)
+            if run.step < total and stop.agreed(0):
+                return stopped(run, stop, arguments)
+    return 0
+
+
+def finish_epoch(run: Run, loss: float):
+    """Evaluate, and save what the epoch came to. UserError, and nothing saved, if the weights are not finite."""
+    val_loss, right, count = run.evaluate()
+    if not math.isfinite(val_loss):
+        LossWatch.check(run.step)
+    run.history.append({
+        "epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
+        "val_loss": val_loss, "val_accuracy": right / count, "seconds": round(run.seconds, 1),
+        "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1)})
+    run.loss, run.seconds = LossWatch(run.device), 0.0
+    if run.rank == 0:
+        tqdm.write(TABLE.format(**run.history[-1]))
+        if right / count >= max(row["val_accuracy"] for row in run.history):
+            best = {**run.origin(), "model": run.best_model.state_dict(), "row": run.history[-1]}
+            checkpoint.save(best, run.out / "best.pt")
+        checkpoint.save(run.state(), run.out / "last.pt", backup=True)
+        write_history(run)
+
+
+def stopped(run: Run, stop: StopRequest, arguments: list[str]) -> int:
+    """Save, say how to go on, and give the exit status of the signal."""
+    if run.rank == 0:
+        checkpoint.save(run.state(), run.out / "last.pt", backup=True)
+        again = arguments if "--resume" in arguments else [*arguments, "--resume"]
+        print(f"stopped after step {run.step}; to go on: {command_line(again)}")
+    return 128 + stop.signal
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command with these arguments, as one would type it."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    start = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    return f"{start} -m refiner_min.train {shlex.join(arguments)}".strip()
+
+
+def write_history(run: Run):
+    """metrics.csv and curves.png, anew from the history, so that they never disagree with the checkpoint."""
+    lines = [",".join(run.history[0]), *(",".join(map(str, row.values())) for row in run.history)]
+    with replacing(run.out / "metrics.csv") as file:
+        file.write("\n".join([*lines, ""]).encode())
+    title = f"{run.subset.name}, model {run.recipe.model}{'' if run.recipe.refine else ', plain ViT'}"
+    plots.save_figure(plots.training_curves(run.history, title), run.out / "curves.png")
+
+
+def write_config(run: Run, record: dict):
+    with replacing(run.out / "config.json") as file:
+        file.write(f"{json.dumps(record, indent=1)}\n".encode())
+
+
+def facts(run: Run, arguments: list[str]) -> dict:
     """What config.json says: enough to run it again and to compare it."""
     return {
-        "command": " ".join(["python -m refiner_min.train", *sys.argv[1:]]),
-        "subset": run.subset.name,
-        "data": run.subset.root,
-        "recipe": asdict(run.recipe),
-        "config": asdict(run.model.config),
-        "classes": run.subset.class_names,
-        "pictures": {"train": len(run.train_split), "val": len(run.val_split)},
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "command": command_line(arguments),
+        **run.origin(),
+        "parameters": count_parameters(run.model),
         "hardware": describe(run.device),
-        "processes": run.world,
         "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
                      "python": platform.python_version()},
         "commit": package_commit(),
     }
+
+
+def count_parameters(net: model.RefinerViT) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def describe(device: torch.device) -> str:
+    """The hardware, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
 
 
 def package_commit() -> str | None:
@@ -485,80 +587,20 @@ def package_commit() -> str | None:
     return git.stdout.strip() or None
 
 
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
-
-
-def write_json(path: Path, record: dict):
-    with replacing(path) as file:
-        file.write(f"{json.dumps(record, indent=1)}\n".encode())
-
-
-def write_history(out: Path, history: list[dict], title: str):
-    """metrics.csv and curves.png, anew from the history, so that they never disagree with the checkpoint."""
-    lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
-    with replacing(out / "metrics.csv") as file:
-        file.write("\n".join([*lines, ""]).encode())
-    plots.save_figure(plots.training_curves(history, title), out / "curves.png")
-
-
-def row_of(run: Run, loss: float, val_loss: float, accuracy: float, seconds: float) -> dict:
-    images = run.steps_per_epoch * run.recipe.batch_size
-    return {"epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
-            "val_loss": val_loss, "val_accuracy": accuracy, "seconds": round(seconds, 1),
-            "images_per_second": round(images / seconds, 1)}
-
-
-HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
-TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
-         "{images_per_second:>8.0f}")
-
-
-def fit(run: Run, out: Path, title: str) -> int:
-    """Train to the end, saving after every epoch. Returns the exit status: 0, or 128 + the signal that ended it."""
-    total = run.recipe.epochs * run.steps_per_epoch
-    main = run.rank == 0
-    batch = run.recipe.batch_size
-    bar = tqdm(total=total * batch, initial=run.step * batch, unit="img", unit_scale=True, dynamic_ncols=True,
-               disable=None if main else True)  # None: no bar where there is no terminal
-    if main:
-        if run.step == 0:  # a run that is killed in its first epoch can be resumed too
-            checkpoint.save(run.state(), out / "last.pt")
-        tqdm.write(HEADER)
-        for row in run.history:
-            tqdm.write(TABLE.format(**row))
-    with StopRequest() as stop, bar:
-        while run.step < total:
-            started = time.perf_counter()
-            epoch = run.epoch
-            run.train_epoch(stop, bar)
-            loss = run.loss.mean()  # waits for the device, so that the time is right
-            run.seconds += time.perf_counter() - started
-            if run.epoch == epoch:  # stopped on the way
-                return stopped(run, out, stop)
-            val_loss, accuracy = run.evaluate()
-            run.history.append(row_of(run, loss, val_loss, accuracy, run.seconds))
-            run.loss, run.seconds = LossWatch(run.device), 0.0
-            if main:
-                tqdm.write(TABLE.format(**run.history[-1]))
-                if accuracy >= max(row["val_accuracy"] for row in run.history):
-                    checkpoint.save(run.best_state(), out / "best.pt")
-                checkpoint.save(run.state(), out / "last.pt", backup=True)
-                write_history(out, run.history, title)
-            if run.step < total and stop.agreed(0, run.device):
-                return stopped(run, out, stop)
-    return 0
-
-
-def stopped(run: Run, out: Path, stop: StopRequest) -> int:
-    """Save, say how to go on, and give the exit status of the signal."""
-    if run.rank == 0:
-        checkpoint.save(run.state(), out / "last.pt", backup=True)
-        print(f"stopped after step {run.step}; to go on: python -m refiner_min.train --resume {out}")
-    return 128 + stop.signal
+def finish(run: Run, arguments: list[str]):
+    """Complete the run's folder and say where the results are."""
+    write_history(run)
+    best = max(run.history, key=lambda row: (row["val_accuracy"], row["epoch"]))
+    result = {"training_minutes": round(sum(row["seconds"] for row in run.history) / 60, 2),
+              "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
+              "accuracy": run.history[-1]["val_accuracy"], "best_accuracy": best["val_accuracy"],
+              "best_epoch": best["epoch"], "weights": "EMA" if run.ema is not None else "last"}
+    path = run.out / "config.json"
+    record = json.loads(path.read_text()) if path.exists() else facts(run, arguments)
+    write_config(run, record | {"result": result})
+    weights = "the weights' moving average" if run.ema is not None else "the weights"
+    print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
+          f"{best['epoch']}), {result['training_minutes']:.1f} minutes of training: {run.out}/best.pt, curves.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,26 +622,27 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
                         help="go on with the run in this folder (default: that of --out)")
     parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop")
-    recipe = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
+    group = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
     for item in fields(Recipe):
-        how = {"action": argparse.BooleanOptionalAction} if item.type is bool else {"type": item.type}
-        recipe.add_argument(f"--{item.name.replace('_', '-')}", default=argparse.SUPPRESS, **how, **item.metadata)
+        how = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
+            "type": item.type, "choices": item.metadata["choices"]}
+        name = f"--{item.name.replace('_', '-')}"
+        group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
     return argparse.Namespace(**known), given
 
 
 def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if name in (None, "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        device = torch.device(name)
+        device = torch.device(name or "cpu")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where a product is not in the recipe's format anyway
     return device
 
 
@@ -611,131 +654,148 @@ def check_saved(saved: dict, asked: dict, path):
         raise UserError(f"{path} was made with another configuration: {', '.join(differing)}")
 
 
-def load_start(network: model.RefinerViT, state: dict, path: str, class_names: list[str]):
-    """Put the weights of state, ours or published, into network; its heads stay new where the classes are others."""
-    if "config" not in state:
-        return checkpoint.load_released(network, state, classifier=network.config.num_classes == 1000)
-    free = ("img_size", "num_classes", "drop_path", "dense")
-    asked = {name: value for name, value in asdict(network.config).items() if name not in free}
-    check_saved(state["config"], asked, path)
-    same = state["classes"] == class_names
-    return checkpoint.load_weights(network, state.get("ema") or state["model"], classifier=same)
-
-
-def open_run(args: argparse.Namespace, given: dict, device: torch.device) -> tuple[Run, Path]:
-    """The run that the flags ask for, new or resumed, and its folder. UserError before anything is written."""
-    state, path = None, None
-    out = Path(args.out or f"runs/{args.subset or 'digits'}")
-    if args.resume is not None:
-        path = Path(args.resume or out)
-        path = path / "last.pt" if path.is_dir() or not path.suffix else path
-        state, out = checkpoint.load(path), path.parent
-    elif args.weights or args.eval:
-        path = Path(args.weights or out / "best.pt")
-        state = checkpoint.load(path)
-    ours = state is not None and "recipe" in state
-    if args.resume is not None and (not ours or "optimizer" not in state):
-        raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
-    args.subset = args.subset or (state["subset"] if ours else "digits")
-    args.data = args.data or (state["data"] if ours and args.subset == state["subset"] else None)
-    if args.resume is not None:
-        check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
-        recipe = Recipe(**state["recipe"])
-    elif ours and args.eval:
-        recipe = replace(Recipe(**state["recipe"]), **given)
-    else:
-        recipe = choose_recipe(args.subset, device, given)
-    subset = open_subset(args, recipe)
-    network = build_model(recipe, subset, dense=args.eval and not ours)  # the published models evaluate with both heads
-    if state is not None and args.resume is None:
-        load_start(network, state, path, subset.class_names)
-        if args.eval and ours and state["classes"] != subset.class_names:
-            raise UserError(f"{path} knows {', '.join(state['classes'][:3])}, ..., not the classes of {args.subset}")
-    run = Run(recipe, subset, network, device, args.compile)
-    if args.resume is not None:
-        run.restore(state)
-    return run, out
-
-
-def open_subset(args: argparse.Namespace, recipe: Recipe) -> data.Subset:
-    workers = args.workers if args.workers is not None else min(os.cpu_count(), 16)
-    area = (recipe.crop_min, recipe.crop_max)
-    transform = data.stream_transform(recipe.img_size, area, recipe.flip, recipe.randaugment)
-    subset = data.load_subset(args.subset, args.data, recipe.img_size, crop=recipe.eval_crop, seed=recipe.seed,
+def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> data.Subset:
+    """Say what was chosen, then open the data; of several processes on a machine, the first one alone downloads and
+    decodes."""
+    local_rank, local_world = (int(os.environ.get(name, default)) for name, default in
+                               (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        processes = f", {dist.get_world_size()} processes" if dist.is_initialized() else ""
+        print(f"{args.subset}: on {describe(device)}{processes}")
+        print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
+    workers = args.workers if args.workers is not None else max(min(os.cpu_count(), 16) // local_world, 1)
+    transform = data.stream_transform(recipe.img_size, (recipe.crop_min, min(recipe.crop_max, 1)), recipe.flip,
+                                      recipe.randaugment)
+    if dist.is_initialized() and local_rank:
+        dist.barrier()
+    subset = data.load_subset(args.subset, args.data, recipe.img_size, eval_crop=recipe.eval_crop, seed=recipe.seed,
                               workers=workers, skip_bad=args.skip_bad, transform=transform)
-    if not args.eval and recipe.batch_size > len(subset.train):
-        raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
+    if dist.is_initialized() and not local_rank:
+        dist.barrier()
+    if main:
+        streamed = ", streamed (--turn and --colour are for decoded sets)" if subset.train.cropped else ""
+        print(f"{len(subset.train):,} pictures to train on, {len(subset.val):,} to validate, {len(subset.classes)} "
+              f"classes{streamed}")
     return subset
 
 
-def announce(run: Run):
-    """Say what was chosen, before anything happens."""
-    config, recipe = run.model.config, run.recipe
-    kind = "linear refinement" if config.linear else "refined" if config.refine else "plain ViT"
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"{run.subset.name}: {len(run.train_split):,} pictures to train on, {len(run.val_split):,} to validate, "
-          f"{len(run.subset.classes)} classes")
-    print(f"model {recipe.model}: {kind}, {parameters:,} parameters, {config.img_size} px in {config.grid**2} patches")
-    print(f"on {describe(run.device)}{f' x {run.world}' if run.world > 1 else ''}")
-    print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
+def load_start(net: model.RefinerViT, state: dict, path, same_classes: bool):
+    """Put the weights of state, ours or published, into net; without the same classes its heads stay new."""
+    if "config" not in state:
+        return checkpoint.load_released(net, state, classifier=same_classes)
+    free = ("img_size", "num_classes", "drop_path", "dense")
+    asked = {name: value for name, value in asdict(net.config).items() if name not in free}
+    check_saved(state["config"], asked, path)
+    return checkpoint.load_weights(net, state.get("ema") or state["model"], classifier=same_classes)
 
 
-def prepare_folder(run: Run, out: Path):
-    """Make the run's folder with its config.json. UserError: it holds a run, or cannot be written."""
-    held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
+def new_run(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> Run:
+    """A run from the preset and the flags, its folder made. UserError: the folder holds a run; nothing is written."""
+    args.subset = args.subset or "digits"
+    out = Path(args.out or f"runs/{args.subset}")
+    recipe = choose_recipe(args.subset, device, given)
+    try:
+        held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be looked into ({error})") from None
     if held:
         raise UserError(f"{out} holds a run already ({held[0]}): --resume {out} goes on with it, --out DIR keeps both")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error})") from None
-    write_json(out / "config.json", facts(run))
+    state = checkpoint.load(args.weights) if args.weights else None
+    subset = open_subset(args, recipe, device)
+    check_batch(recipe, subset)
+    net = build_model(recipe, subset)
+    if state is not None:
+        same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000
+        load_start(net, state, args.weights, same)
+    run = Run(recipe, subset, net, device, out, args.compile)
+    if run.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error})") from None
+        write_config(run, facts(run, arguments))
+    return run
 
 
-def finish(run: Run, out: Path, title: str):
-    """Complete the run's folder and say where the results are."""
-    write_history(out, run.history, title)
-    best = max(run.history, key=lambda row: (row["val_accuracy"], row["epoch"]))
-    result = {"minutes": round(sum(row["seconds"] for row in run.history) / 60, 2),
-              "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
-              "accuracy": run.history[-1]["val_accuracy"], "best_accuracy": best["val_accuracy"],
-              "best_epoch": best["epoch"], "weights": "EMA" if run.ema is not None else "last"}
-    path = out / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else facts(run)
-    write_json(path, record | {"result": result})
-    weights = "the weights' moving average" if run.ema is not None else "the weights"
-    print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
-          f"{best['epoch']}), {result['minutes']:.1f} minutes of training; {out}/best.pt, {out}/curves.png")
+def check_batch(recipe: Recipe, subset: data.Subset):
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if recipe.batch_size > len(subset.train):
+        raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
+    if recipe.batch_size % world:
+        raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {world} processes")
+
+
+def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
+    """The run that is to go on. UserError: no such run, or flags and data that are not its own."""
+    path = Path(args.resume or args.out or f"runs/{args.subset or 'digits'}")
+    path = path if path.suffix == ".pt" else path / "last.pt"
+    if args.weights or (args.out and Path(args.out) != path.parent):
+        raise UserError(f"--resume {path} has its own weights and folder: leave out --weights and --out")
+    state = checkpoint.load(path)
+    if "optimizer" not in state or "recipe" not in state:
+        raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
+    args.subset, args.data = args.subset or state["subset"], args.data or state["data"]
+    check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
+    recipe = Recipe(**state["recipe"])
+    subset = open_subset(args, recipe, device)
+    run = Run(recipe, subset, build_model(recipe, subset), device, path.parent, args.compile)
+    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes")}, path)
+    run.restore(state)
+    return run
+
+
+def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
+    """Print the accuracy of saved weights, ours or published. Writes nothing."""
+    path = Path(args.weights or Path(args.out or f"runs/{args.subset or 'digits'}") / "best.pt")
+    state = checkpoint.load(path)
+    ours = "config" in state
+    args.subset = args.subset or (state["subset"] if ours else "digits")
+    if ours:
+        args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
+        recipe = replace(Recipe(**state["recipe"]), **given)
+        recipe.check()
+    else:
+        recipe = choose_recipe(args.subset, device, given)
+    subset = open_subset(args, recipe, device)
+    if ours and state["classes"] != subset.class_names:
+        raise UserError(f"{path} knows {', '.join(state['classes'][:3])}, ..., not the classes of {args.subset}")
+    net = build_model(recipe, subset, dense=not ours)  # the published models evaluate with both heads
+    load_start(net, state, path, same_classes=True)
+    run = Run(replace(recipe, ema=0.0), subset, net, device, path.parent)
+    loss, right, count = run.evaluate()
+    if run.rank == 0:
+        print(f"accuracy {right / count:.4%} ({right} of {count}), loss {loss:.4f}")
 
 
 def main(arguments=None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args, given = parse(arguments)
+    # AdamW's averages of a gradient that is zero shrink to numbers so small that a CPU takes many times longer
+    torch.set_flush_denormal(True)
     device = choose_device(args.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    run, out = open_run(args, given, device)
-    if run.rank == 0:
-        announce(run)
-    if args.eval:
-        loss, accuracy = run.evaluate()
-        if run.rank == 0:
-            right = round(accuracy * len(run.val_split))
-            print(f"accuracy {accuracy:.4%} ({right} of {len(run.val_split)}), loss {loss:.4f}")
-        return 0
-    if run.recipe.batch_size % run.world:
-        raise UserError(f"--batch-size {run.recipe.batch_size} must be a multiple of the {run.world} processes")
-    if run.rank == 0 and args.resume is None:
-        prepare_folder(run, out)
-    title = f"{run.subset.name}, model {run.recipe.model}{'' if run.recipe.refine else ', plain ViT'}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        status = fit(run, out, title)
+        if args.eval:
+            evaluate(args, given, device)
+            return 0
+        resumes = args.resume is not None
+        run = resumed_run(args, given, device) if resumes else new_run(args, given, device, arguments)
+        if run.rank == 0:
+            config = run.model.config
+            kind = "linear refinement" if config.linear else "refined" if config.refine else "plain ViT"
+            print(f"model {run.recipe.model}: {kind}, {count_parameters(run.model):,} parameters, "
+                  f"{config.img_size} px in {config.grid**2} patches", flush=True)
+        status = fit(run, arguments)
+        if status == 0 and run.rank == 0:
+            finish(run, arguments)
+        return status
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {run.recipe.batch_size} needs more memory than the GPU has") from None
-    if status == 0 and run.rank == 0:
-        finish(run, out, title)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return status
+        raise UserError("the GPU's memory is too small: try a smaller --batch-size or --img-size") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def test_a_stream_depends_on_seed_and_epoch_not_on_workers(streamed):
 
 
 def test_a_streamed_validation_is_cropped_in_the_middle(streamed):
-    split = data.load_subset("folder", str(streamed), 16, crop=0.8).val
+    split = data.load_subset("folder", str(streamed), 16, eval_crop=0.8).val
     pictures, aspects, labels = next(split.epoch(torch.arange(2), 2))
     with Image.open(streamed / "val" / CLASSES[0] / "0.png") as picture:  # 40 x 30: the shorter side becomes 20
         resized = picture.resize((26, 20), Image.Resampling.BICUBIC)
@@ -293,7 +293,7 @@ def test_a_truncated_picture_stops_a_stream_or_is_skipped(streamed, capsys, work
         batches(data.load_subset("folder", str(streamed), 16, workers=workers).train)
     found = batches(data.load_subset("folder", str(streamed), 16, workers=workers, skip_bad=True).train)
     assert [len(labels) for _, _, labels in found] == [3, 4, 4, 4, 2]
-    assert "left out: " in capsys.readouterr().out
+    assert "left out, 1 so far: " in capsys.readouterr().out
     for number in range(4):
         (streamed / "train" / CLASSES[0] / f"{number}.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="no picture of a whole batch could be read"):

@@ -57,7 +57,7 @@ def test_readme_and_curves_keep_to_the_recorded_runs(path):
     record = json.loads(path.read_text())
     result = record["result"]
     row = (f"| [{path.stem}](notebooks/results/{path.name}) | {record['parameters']:,} | {result['accuracy']:.1%} | "
-           f"{result['minutes']:.1f} | {result['images_per_second']:.0f} |")
+           f"{result['training_minutes']:.1f} | {result['images_per_second']:.0f} |")
     assert row in README
     assert record["command"] in README
     with open(path.with_suffix(".csv")) as file:
