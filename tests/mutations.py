@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 FAULTS = [  # description, file, what stands there, what takes its place
     ("position embedding on one token only", "model", "return tokens + self.position", "return tokens + self.position[:, :1]"),
     ("class token added after the position embedding", "model",
-     "return tokens + self.position", "return torch.cat([tokens[:, :1], tokens[:, 1:] + self.position[:, 1:]], dim=1)"),
+     "return tokens + self.position",
+     "return torch.cat([tokens[:, :1], tokens[:, 1:] + self.position[:, 1:]], dim=1)"),
     ("softmax over the queries", "model", "softmax(dim=3)", "softmax(dim=2)"),
     ("map handed on refined instead of raw", "model", "return x, raw if self.config.share else refined",
      "return x, refined"),
