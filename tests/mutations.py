@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAULTS = [  # description, file, what stands there, what takes its place
-    ("position embedding on one token only", "model", "return tokens + self.position", "return tokens + self.position[:, :1]"),
+    ("position embedding on one token only", "model", "return tokens + self.position",
+     "return tokens + self.position[:, :1]"),
     ("class token added after the position embedding", "model",
      "return tokens + self.position",
      "return torch.cat([tokens[:, :1], tokens[:, 1:] + self.position[:, 1:]], dim=1)"),
@@ -40,7 +41,7 @@ FAULTS = [  # description, file, what stands there, what takes its place
     ("maps of the wrong blocks refined", "model", "index % 2 == 1)", "index % 2 == 0)"),
     ("checksum of a checkpoint not looked at", "checkpoint", "raise ValueError(f\"{part}", "print(f\"{part}"),
     ("a checkpoint may run code", "checkpoint", "weights_only=True", "weights_only=False"),
-    ("no backup of the checkpoint before", "checkpoint", "if backup and path.exists()", "if False"),
+    ("no backup of the checkpoint before", "checkpoint", "if backup and Path(path).exists()", "if False"),
     ("files written in place", "__init__", "path.with_name(f\"{path.name}.{os.getpid()}.tmp\")", "path"),
     ("average ignored when a model is loaded", "checkpoint", "state.get(\"ema\") or state[\"model\"]",
      "state[\"model\"]"),

@@ -163,6 +163,7 @@ def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
     (["--smoothing", "2"], "--smoothing 2.0 must be at least 0 and at most 1"),
     (["--warmup-epochs", "3"], "--warmup-epochs 3 and --cooldown-epochs 0 must fit into --epochs 2"),
     (["--crop-min", "0.9", "--crop-max", "0.5"], "--crop-min 0.9 must not be above --crop-max 0.5"),
+    (["--workers", "-1"], "--workers -1 must be at least 0"),
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
     (["--batch-size", "1000"], "--batch-size 1000 is larger than the 24 training pictures"),
     (["--img-size", "17"], "patch_size=8 must divide img_size=17"),
