@@ -45,7 +45,7 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
     maps: {block: {stage of STAGES: (grid, grid) tensor}}.
     """
     stages = [stage for stage in STAGES if any(stage in found for found in maps.values())]
-    figure = Figure(figsize=(3.6 + 2.1 * len(stages), max(4.8, 0.6 + 2.1 * len(maps))), layout="constrained")
+    figure = Figure(figsize=(3.9 + 2.1 * len(stages), max(4.8, 0.8 + 2.1 * len(maps))), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(3.6, 2.1 * len(stages)))
     photo, bars = left.subplots(2, 1, height_ratios=(3, 2))
     photo.imshow(image, cmap="gray", vmin=0, vmax=1)
@@ -65,9 +65,9 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
             else:
                 axes.axis("off")
             if block == next(iter(maps)):
-                axes.set_title(STAGES[stage], fontsize="small")
+                axes.set_title(STAGES[stage] if len(stages) > 1 else "attention", fontsize="small")
         row[0].set_ylabel(f"block {block}", fontsize="small")
-    right.suptitle("where the class token looks: mean over the maps, each panel on its own scale", fontsize="small")
+    figure.suptitle("where the class token looks: mean over the maps, each on its own scale", fontsize="medium")
     return figure
 
 

@@ -101,7 +101,8 @@ class Recipe:
 class Digits(Recipe):
     """python -m refiner_min.train
 
-    The 1,797 built-in digits, 1,442 to train on and 355 to validate, 32 px in 16 patches.
+    The 1,797 built-in digits, 1,442 to train on and 355 to validate, 32 px in 16 patches. On two cores of an AMD EPYC
+    with bf16: 1.5 minutes, 99.3 % (mean of three seeds; notebooks/results/digits-cpu-seed*.json).
     """
 
     img_size: int = 32
