@@ -42,7 +42,7 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
     probabilities, classes = model(image).softmax(dim=1)[0].topk(min(5, model.config.num_classes))
     names = [state["classes"][index] for index in classes]
     shown = (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).squeeze(2)  # (S, S, 3), or (S, S) of a grey model
-    figure = plots.explanation(shown, names, probabilities.tolist(), class_token_maps(model, image, blocks))
+    figure = plots.explanation(shown.numpy(), names, probabilities.tolist(), class_token_maps(model, image, blocks))
     plots.save_figure(figure, out)
     return list(zip(names, probabilities.tolist()))
 

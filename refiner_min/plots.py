@@ -41,7 +41,7 @@ def training_curves(history: list[dict], title: str) -> Figure:
 def explanation(image, names: list[str], probabilities: list[float], maps: dict) -> Figure:
     """A picture, its likeliest classes, and the class token's attention over it, block by block and stage by stage.
 
-    image (S, S) or (S, S, 3), from 0 to 1. names and probabilities: likeliest first.
+    image (S, S) or (S, S, 3), an array from 0 to 1. names and probabilities: likeliest first.
     maps: {block: {stage of STAGES: (grid, grid) tensor}}.
     """
     stages = [stage for stage in STAGES if any(stage in found for found in maps.values())]
@@ -76,4 +76,4 @@ def _overlay(axes, image, attention):
     size = len(image)
     smooth = F.interpolate(attention[None, None], (size, size), mode="bilinear")[0, 0]
     axes.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
-    axes.imshow(smooth, cmap="magma", alpha=0.65)
+    axes.imshow(smooth.numpy(), cmap="magma", alpha=0.65)

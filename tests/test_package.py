@@ -23,7 +23,7 @@ def test_environment_has_what_pyproject_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + extras["notebooks"] + extras["test"]
-    conda, pip = (ROOT / "environment.yml").read_text().split("- pip:")
+    conda, pip = (ROOT / "environment.yml").read_text().split("dependencies:")[1].split("- pip:")
     there = re.findall(r"^  - (.+)$", conda, re.MULTILINE)
     assert pip.split() == ["-", "-e", "."]
     assert {package_name(line) for line in there} == {

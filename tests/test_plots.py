@@ -22,7 +22,7 @@ def test_training_curves():
 
 def test_explanation():
     maps = {1: {stage: torch.rand(4, 4) for stage in plots.STAGES}, 3: {"raw": torch.rand(4, 4)}}
-    figure = plots.explanation(torch.rand(32, 32, 3), ["cat", "dog"], [0.7, 0.3], maps)
+    figure = plots.explanation(torch.rand(32, 32, 3).numpy(), ["cat", "dog"], [0.7, 0.3], maps)
     photo, bars, *grid = figure.axes
     assert photo.get_title() == "cat, 70%"
     assert [label.get_text() for label in bars.get_yticklabels()] == ["cat", "dog"]
