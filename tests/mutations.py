@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -85,33 +86,35 @@ FAULTS = [  # description, file, what stands there, what takes its place
 TESTS = {"__init__": "checkpoint"}  # the tests of a module that are named otherwise
 
 
-def run_tests(project: Path, file: str) -> subprocess.CompletedProcess:
-    tests = f"tests/test_{TESTS.get(file, file)}.py"
-    command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", tests]
-    environment = os.environ | {"PYTHONPATH": str(project)}
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
+def run_tests(file: str, there: str = "", instead: str = "") -> subprocess.CompletedProcess:
+    """Run a module's tests in a copy of the project in which instead has taken the place of there."""
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "project"
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "imagenette*"))
+        path = project / "refiner_min" / f"{file}.py"
+        path.write_text(path.read_text().replace(there, instead))
+        tests = f"tests/test_{TESTS.get(file, file)}.py"
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", tests]
+        environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
 
 
 def main(words: list[str]) -> int:
     faults = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
+    for description, file, there, _ in faults:
+        count = (ROOT / "refiner_min" / f"{file}.py").read_text().count(there)
+        if count != 1:
+            print(f"{file}.py holds {there!r} {count} times: mend the fault «{description}»")
+            return 1
     missed = []
-    with tempfile.TemporaryDirectory() as folder:
-        project = Path(folder) / "project"
-        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "imagenette*"))
-        for file in sorted({fault[1] for fault in faults}):
-            done = run_tests(project, file)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = sorted({fault[1] for fault in faults})
+        for file, done in zip(files, pool.map(run_tests, files)):
             if done.returncode:
                 print(f"the tests of {file}.py fail without any fault:\n{done.stdout[-3000:]}")
                 return 1
-        for number, (description, file, there, instead) in enumerate(faults, 1):
-            path = project / "refiner_min" / f"{file}.py"
-            source = path.read_text()
-            if source.count(there) != 1:
-                print(f"{file}.py holds {there!r} {source.count(there)} times: mend the fault «{description}»")
-                return 1
-            path.write_text(source.replace(there, instead))
-            done = run_tests(project, file)
-            path.write_text(source)
+        results = pool.map(lambda fault: run_tests(*fault[1:]), faults)
+        for number, ((description, *_), done) in enumerate(zip(faults, results), 1):
             first = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             print(f"{number:2}/{len(faults)} {'caught' if done.returncode else 'MISSED'}: {description}"
                   f"{f'  ({first[0][:90]})' if first else ''}", flush=True)
