@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,6 +229,9 @@ def _download(subset: str, root: Path = Path("data")) -> Path:
         os.replace(staging / name, target)
         shutil.rmtree(staging)
     except (OSError, RuntimeError) as error:
+        for folder in (staging, root):
+            with suppress(OSError):  # it stays if there is something in it
+                folder.rmdir()
         raise UserError(f"no {subset} in {target}, and none could be downloaded from {url} ({error}); "
                         f"--data DIR takes an extracted folder, and --subset digits works now") from None
     return target

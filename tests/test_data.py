@@ -359,6 +359,7 @@ def test_no_network_and_no_data(server, subset):
         data.load_subset(subset, None, 16)
     for part in (f"data/{name}", url, "--subset digits"):
         assert part in str(error.value)
+    assert os.listdir() == []
 
 
 @pytest.mark.parametrize("subset", ["imagenette", "imagewoof"])
