@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from refiner_min import UserError, checkpoint, data, run_command, train
 from refiner_min.model import refiner_vit_s
@@ -227,6 +228,23 @@ def test_labels_are_mixed_as_the_pictures_are(flags):
     assert len(shares) > 5
     images, same = train.make_mixing(train.Recipe(), 8)(images, labels)
     assert torch.equal(same, labels)
+
+
+def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
+    run, seen = run_of(pictures), []
+
+    def keep(images, labels):
+        seen.append((images, labels))
+        run.step += 1
+
+    monkeypatch.setattr(run, "train_step", keep)
+    run.mix = lambda images, labels: (images * 0 + 7, F.one_hot(labels, 3) / 2)
+    with train.StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True))
+    assert len(seen) == 2
+    for images, labels in seen:
+        assert images.shape == (10, 3, 16, 16) and (images == 7).all()
+        assert labels.shape == (10, 3) and (labels.sum(dim=1) == 0.5).all()
 
 
 def test_train_step_follows_its_definition(pictures):
