@@ -776,8 +776,6 @@ def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
 def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args, given = parse(arguments)
-    # AdamW's averages of a gradient that is zero shrink to numbers so small that a CPU takes many times longer
-    torch.set_flush_denormal(True)
     device = choose_device(args.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
