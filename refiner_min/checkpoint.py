@@ -93,7 +93,10 @@ def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
     state = load(path, map_location)
     if "config" not in state:
         raise UserError(f"{path} was not written by refiner_min.train; published weights: checkpoint.load_released")
-    model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
+    try:
+        model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
+    except (TypeError, ValueError) as error:  # a field that this version does not know
+        raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
     load_weights(model, state.get("ema") or state["model"])
     return model.eval(), state
 

@@ -731,6 +731,14 @@ def check_batch(recipe: Recipe, subset: data.Subset):
         raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {world} processes")
 
 
+def saved_recipe(state: dict, path) -> Recipe:
+    """The recipe that the file at path was made with. UserError: one that this version does not know."""
+    try:
+        return Recipe(**state["recipe"])
+    except TypeError as error:
+        raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
+
+
 def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     """The run that is to go on. UserError: no such run, or flags and data that are not its own."""
     path = Path(args.resume or args.out or f"runs/{args.subset or 'digits'}")
@@ -742,7 +750,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
     args.subset, args.data = args.subset or state["subset"], args.data or state["data"]
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
-    recipe = Recipe(**state["recipe"])
+    recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
     run = Run(recipe, subset, build_model(recipe, subset), device, path.parent, args.compile)
     check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes")}, path)
@@ -758,7 +766,7 @@ def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
     args.subset = args.subset or (state["subset"] if ours else "digits")
     if ours:
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
-        recipe = replace(Recipe(**state["recipe"]), **given)
+        recipe = replace(saved_recipe(state, path), **given)
         recipe.check()
     else:
         recipe = choose_recipe(args.subset, device, given)

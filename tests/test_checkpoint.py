@@ -118,6 +118,9 @@ def test_load_model(tmp_path):
     loaded, state = checkpoint.load_model(path)
     assert loaded.config == model.config and not loaded.training
     assert torch.equal(loaded.class_token, model.class_token + 1)
+    checkpoint.save({"config": asdict(model.config) | {"later": 1}, "model": {}}, path)
+    with pytest.raises(UserError, match="last.pt was written by another version of refiner_min .*later"):
+        checkpoint.load_model(path)
     checkpoint.save({"weights": 1}, path)
     with pytest.raises(UserError, match="not written by refiner_min.train"):
         checkpoint.load_model(path)

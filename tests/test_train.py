@@ -543,6 +543,12 @@ def test_resuming_with_other_flags_is_refused(pictures):
     other = make_folder(Path("other"), train=9, val=4)
     with pytest.raises(UserError, match=r"a/last.pt was made with another configuration: pictures \("):
         train.main(["--resume", "a", "--device", "cpu", "--data", str(other)])
+    state = checkpoint.load("a/last.pt")
+    Path("later").mkdir()
+    checkpoint.save(state | {"recipe": state["recipe"] | {"later": 1}}, "later/last.pt")
+    for flags in (["--resume", "later"], ["--eval", "--weights", "later/last.pt"]):
+        with pytest.raises(UserError, match="later/last.pt was written by another version of refiner_min"):
+            train.main([*flags, "--device", "cpu"])
     with pytest.raises(UserError, match="best.pt is no checkpoint to go on from"):
         train.main(["--resume", "a/best.pt", "--device", "cpu"])
 
