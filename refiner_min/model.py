@@ -195,6 +195,9 @@ class RefinerOutput(NamedTuple):
     logits: torch.Tensor  # (B, K), from the class token
     token_logits: torch.Tensor | None  # (B, N-1, K), from the patch tokens; None without the dense head
 
+    def combined(self):  # (B, K): what evaluation goes by
+        return self.logits if self.token_logits is None else self.logits + self.token_logits.amax(dim=1) / 2
+
 
 class RefinerViT(nn.Module):
     """Refiner-ViT: images (B, in_channels, S, S), normalised with mean 0.5 and deviation 0.5 -> logits (B, K)."""
@@ -244,12 +247,10 @@ class RefinerViT(nn.Module):
         Training: RefinerOutput. Without the dense head, the class token's logits (B, K) in both.
         mix_box (row0, col0, row1, col1), half open, on the token grid (MixToken): the tokens inside come from the
         reversed batch; token_logits are swapped back, each to its own picture. ValueError: images of another shape."""
-        logits, token_logits = self.forward_head(self.forward_features(images, mix_box))
-        if token_logits is None:
-            return logits
-        if mix_box is not None:
-            token_logits = swap_tokens(token_logits, mix_box)  # (B, N-1, K)
-        return RefinerOutput(logits, token_logits) if self.training else logits + token_logits.amax(dim=1) / 2
+        output = self.forward_head(self.forward_features(images, mix_box))
+        if self.config.dense and mix_box is not None:
+            output = RefinerOutput(output.logits, swap_tokens(output.token_logits, mix_box))  # (B, K), (B, N-1, K)
+        return output if self.config.dense and self.training else output.combined()
 
     @torch.no_grad()
     def attention_maps(self, images) -> list[AttentionMaps]:

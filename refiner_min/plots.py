@@ -1,14 +1,20 @@
 """Every picture that a command or a notebook draws: numbers in, a matplotlib Figure out. It imports no other module
 of the package. The colours are told apart by colour-blind eyes too."""
 
+import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from refiner_min import replacing
 
 STAGES = {"raw": "before expansion", "expanded": "after expansion", "convolved": "after local convolution",
           "refined": "after reduction"}
 BLUE, ORANGE = "#0072b2", "#d55e00"
+CATEGORIES = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
+              "#92dadd")  # of Petroff, "Accessible color sequences", arXiv:2107.02270
+OTHER = "#dddddd"
 
 
 def save_figure(figure: Figure, path):
@@ -77,3 +83,30 @@ def _overlay(axes, image, attention):
     smooth = F.interpolate(attention[None, None], (size, size), mode="bilinear")[0, 0]
     axes.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
     axes.imshow(smooth.numpy(), cmap="magma", alpha=0.65)
+
+
+def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> Figure:
+    """Pictures (S, S, 3) with the likeliest class of each token as a colour over them, the surer the stronger.
+
+    labels (n, T, K): probabilities, all zero where a token has no label. The colours go to the classes that are seen
+    most; others are pale grey.
+    """
+    sure, likeliest = labels.max(dim=2)  # (n, T)
+    seen = torch.bincount(likeliest[sure > 0].flatten(), minlength=labels.shape[2]).argsort(descending=True)
+    colours = {int(index): colour for index, colour in zip(seen, CATEGORIES)}
+    side = round(labels.shape[1] ** 0.5)
+    columns = min(len(pictures), 4)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows + 0.6), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, picture, classes, strength, title in zip(figure.axes, pictures, likeliest, sure, titles):
+        axes.imshow(picture, cmap="gray", extent=(0, side, side, 0))
+        overlay = [to_rgba(colours.get(int(index), OTHER), 0.75 * float(value))
+                   for index, value in zip(classes, strength)]
+        axes.imshow(torch.tensor(overlay).unflatten(0, (side, side)).numpy(), extent=(0, side, side, 0))
+        axes.set_title(title, fontsize="small")
+    shown = [index for index in colours if (likeliest[sure > 0] == index).any()]
+    figure.legend(handles=[Patch(color=colours[index], label=names[index]) for index in shown],
+                  loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    return figure

@@ -21,6 +21,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,10 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-from refiner_min import UserError, __version__, checkpoint, data, model, plots, replacing, run_command
+from refiner_min import UserError, __version__, checkpoint, data, hardware, model, plots, replacing, run_command
+from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
 
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 LOOK_EVERY = 20  # steps between two looks at the loss and, with several processes, at a request to stop
@@ -68,6 +69,10 @@ class Recipe:
     weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only", 0)
     ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated; 0 for none", 0, 1)
     smoothing: float = option(0.1, "label smoothing", 0, 1)
+    dense_weight: float = option(0.0, "weight of the patch tokens' loss, 0.5 with --relabel; 0: no token head", 0)
+    token_labels: bool = option(True, "the patch tokens learn from token labels where there are any; with "
+                                "--no-token-labels, and where there are none, each from its picture's label")
+    mix_token: bool = option(False, "MixToken: swap a box of tokens with another picture's")
     mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two", 0)
     cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0)
     crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's", 0.001, 1)
@@ -116,6 +121,20 @@ class Digits(Recipe):
     crop_max: float = 1.5
     flip: float = 0.0
     turn: float = 15.0
+
+
+@dataclass(frozen=True)
+class DigitScenes(Digits):
+    """python -m refiner_min.train --subset digit-scenes
+
+    """
+
+    patch_size: int = 4
+    epochs: int = 4
+    batch_size: int = 64
+    warmup_epochs: float = 0.5
+    ema: float = 0.99
+    dense_weight: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,7 @@ class ImageNet(Recipe):
 
 PRESETS = {  # subset: preset on a GPU, preset on a CPU
     "digits": (Digits, Digits),
+    "digit-scenes": (DigitScenes, DigitScenes),
     "imagenette": (Photos, PhotosOnCPU),
     "imagewoof": (Photos, PhotosOnCPU),
     "folder": (Photos, PhotosOnCPU),
@@ -191,8 +211,8 @@ PRESETS = {  # subset: preset on a GPU, preset on a CPU
 }
 
 
-def choose_recipe(subset: str, device: torch.device, given: dict) -> Recipe:
-    """The subset's preset with the flags that were given."""
+def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bool = False) -> Recipe:
+    """The subset's preset with the flags that were given; relabelled: with --relabel."""
     preset = PRESETS[subset][device.type == "cpu"]()
     if given.get("linear"):
         given = {"share": False} | given
@@ -200,26 +220,20 @@ def choose_recipe(subset: str, device: torch.device, given: dict) -> Recipe:
     shorter = min(recipe.epochs / preset.epochs, 1)
     derived = {"lr": preset.lr * recipe.batch_size / preset.batch_size,
                "warmup_epochs": preset.warmup_epochs * shorter,
-               "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware_amp(device)}
+               "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware.hardware_amp(device),
+               "dense_weight": 0.5 if relabelled else preset.dense_weight}
     recipe = replace(recipe, **{name: value for name, value in derived.items() if given.get(name, "auto") == "auto"})
     recipe.check()
     return recipe
 
 
-def hardware_amp(device: torch.device) -> str:
-    """bf16 where it is faster than float32, else fp16 on a GPU and off on a CPU."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "off"
-
-
-def build_model(recipe: Recipe, subset: data.Subset, dense: bool = False) -> model.RefinerViT:
-    """The model of the recipe, untrained. No token head by default: without token labels nothing would teach it."""
+def build_model(recipe: Recipe, subset: data.Subset, dense: bool | None = None) -> model.RefinerViT:
+    """The model of the recipe, untrained; dense: with a token head, by default where the recipe teaches it."""
     names = ("img_size", "patch_size", "refine", "share", "expand", "kernel_size", "linear", "drop_path")
     torch.manual_seed(recipe.seed)
     try:
-        return MODELS[recipe.model](num_classes=len(subset.classes), in_channels=subset.channels, dense=dense,
+        return MODELS[recipe.model](num_classes=len(subset.classes), in_channels=subset.channels,
+                                    dense=recipe.dense_weight > 0 if dense is None else dense,
                                     **{name: getattr(recipe, name) for name in names})
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -254,10 +268,21 @@ def schedule(recipe: Recipe, steps_per_epoch: int):
 
 
 def make_mixing(recipe: Recipe, num_classes: int):
-    """(images, labels) -> images and labels mixed within the batch by mixup or cutmix, one of the two at random."""
-    mixes = [v2.MixUp(alpha=recipe.mixup, num_classes=num_classes)] if recipe.mixup else []
-    mixes += [v2.CutMix(alpha=recipe.cutmix, num_classes=num_classes)] if recipe.cutmix else []
-    return v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
+    """(images, Labels) -> both mixed within the batch by mixup or cutmix, one of the two at random."""
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(recipe, kind)]
+
+    def mix(images, labels: Labels) -> tuple[torch.Tensor, Labels]:
+        if not kinds:
+            return images, labels
+        if labels.image.ndim == 1:
+            labels = labels._replace(image=F.one_hot(labels.image, num_classes).float())
+        kind = kinds[int(torch.randint(len(kinds), ()))]
+        lam = float(torch.distributions.Beta(*[float(getattr(recipe, kind))] * 2).sample())
+        if kind == "mixup":
+            return mixup(images, labels, lam)
+        return cutmix(images, labels, mix_token_box(images.shape[2], lam))
+
+    return mix
 
 
 def make_augmentation(recipe: Recipe, split) -> data.Augmentation:
@@ -363,8 +388,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, fused=device.type in ("cpu", "cuda"))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(recipe, self.steps_per_epoch))
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
-        self.mix = make_mixing(recipe, len(subset.classes))
         self.augment = make_augmentation(recipe, subset.train)
+        self.mix = make_mixing(recipe, len(subset.classes))
+        self.criterion = TokenLabelLoss(recipe.dense_weight, recipe.smoothing)
         self.step, self.history, self.loss = 0, [], LossWatch(device)
         self.seconds = 0.0  # of the epoch under way, spent before an interruption
 
@@ -381,7 +407,8 @@ class Run:
         """What is trained on what."""
         return {"subset": self.subset.name, "data": self.subset.root, "recipe": asdict(self.recipe),
                 "config": asdict(self.model.config), "classes": self.subset.class_names,
-                "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world}
+                "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world,
+                "relabel": self.subset.relabel, "annotator": self.subset.annotator}
 
     def state(self) -> dict:
         """All of the run, to go on from."""
@@ -416,20 +443,30 @@ class Run:
         self.wrapped.train()
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rest = self.order(epoch)[start * self.local_batch:]
-        for pictures, aspects, labels in self.subset.train.epoch(rest, self.local_batch, epoch):
+        for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
             torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)))
-            images, labels = self.mix(self.augment(pictures, aspects), labels)
-            self.train_step(images, labels)
+            batch = self.augment(batch)
+            self.train_step(*self.mix(batch.pictures, self.labels(batch)))
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
                 return
 
-    def train_step(self, images, labels):
-        """One step on images (B, channels, S, S) and labels (B,), or (B, K) when they are mixed."""
-        with self.autocast():
-            logits = self.wrapped(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.smoothing)
+    def labels(self, batch: data.Batch) -> Labels:
+        """What an augmented batch learns from: the data set's labels, or its label maps' under the images' boxes."""
+        image, tokens = batch.labels, batch.token_labels
+        if batch.label_map is not None:
+            classes, grid = len(self.subset.classes), self.model.config.grid
+            image, tokens = pool_label_map(*batch.label_map, batch.boxes, classes, grid)
+        return Labels(image, tokens if self.recipe.token_labels and self.recipe.dense_weight else None)
+
+    def train_step(self, images, labels: Labels):
+        """One step on images (B, channels, S, S) and their labels."""
+        grid = self.model.config.grid
+        box = mix_token_box(grid, float(torch.rand(()))) if self.recipe.mix_token else None
+        with hardware.autocast(self.device, self.recipe.amp):
+            output = self.wrapped(images, box)
+        loss = self.criterion(output, labels, box_share(box, grid) if box is not None else 0.0)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -439,10 +476,6 @@ class Run:
         self.loss.add(loss, len(images), self.step)
         self.step += 1
 
-    def autocast(self):
-        dtype = torch.float16 if self.recipe.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.recipe.amp != "off")
-
     def update_average(self):
         """Move the average towards the weights and BatchNorm's statistics; young, it follows them closely. torch's
         AveragedModel waits for the GPU every step, to move its counter there; so only its function is used."""
@@ -451,27 +484,40 @@ class Run:
             get_ema_multi_avg_fn(decay)(*self.averaged, None)
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, int, int]:
-        """Mean loss over the validation pictures, how many were right, and of how many. Without autocast."""
+    def evaluate(self) -> "Score":
+        """How well the validation pictures are told apart. Without autocast."""
         net, val = self.best_model.eval(), self.subset.val
         if self.world > 1:  # each process has its own statistics in BatchNorm: the first one's count, and are saved
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
-        totals = zeros(3, self.device)  # sum of losses, right answers, pictures
+        totals = zeros(5, self.device)  # sum of losses, right answers, pictures, right tokens, tokens with a label
         indices = torch.arange(self.rank, len(val), self.world)
-        for pictures, aspects, labels in val.epoch(indices, self.local_batch):
+        for batch in val.epoch(indices, self.local_batch):
             if val.cropped:
-                images = data.normalise(pictures)
+                images = data.normalise(batch.pictures)
             else:
-                images = data.center_crop(pictures, aspects, self.recipe.img_size, self.recipe.eval_crop)
-            logits = net(images)
-            totals[0] += F.cross_entropy(logits, labels, reduction="sum")
-            totals[1] += (logits.argmax(dim=1) == labels).sum()
-            totals[2] += len(labels)
+                images = data.center_crop(batch.pictures, batch.aspects, self.recipe.img_size, self.recipe.eval_crop)
+            output = net.forward_head(net.forward_features(images))
+            logits = output.combined()
+            totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
+            totals[1] += (logits.argmax(dim=1) == batch.labels).sum()
+            totals[2] += len(batch.labels)
+            if output.token_logits is not None and batch.token_labels is not None:
+                right = output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2)  # (B, T)
+                labelled = batch.token_labels.sum(dim=2) > 0
+                totals[3] += (right & labelled).sum()
+                totals[4] += labelled.sum()
         if self.world > 1:
             dist.all_reduce(totals)
-        loss, right, count = totals.tolist()
-        return loss / count, int(right), int(count)
+        loss, right, count, tokens_right, tokens = totals.tolist()
+        return Score(loss / count, int(right), int(count), tokens_right / tokens if tokens else None)
+
+
+class Score(NamedTuple):
+    loss: float  # the mean over the pictures
+    right: int
+    count: int
+    token_accuracy: float | None  # over the patch tokens whose label is known; None where none is
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,6 +529,11 @@ TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} 
          "{images_per_second:>8.0f}")
 
 
+def table_row(row: dict) -> str:
+    tokens = f"  of tokens {row['val_token_accuracy']:.2%}" if "val_token_accuracy" in row else ""
+    return TABLE.format(**row) + tokens
+
+
 def fit(run: Run, arguments: list[str]) -> int:
     """Train to the end, saving after every epoch. Returns the exit status: 0, or 128 + the signal that ended it."""
     total, batch, main = run.recipe.epochs * run.steps_per_epoch, run.recipe.batch_size, run.rank == 0
@@ -491,7 +542,7 @@ def fit(run: Run, arguments: list[str]) -> int:
     if main:
         if run.step == 0:  # a run that is killed in its first epoch can be resumed too
             checkpoint.save(run.state(), run.out / "last.pt")
-        tqdm.write("\n".join([HEADER, *(TABLE.format(**row) for row in run.history)]))
+        tqdm.write("\n".join([HEADER, *map(table_row, run.history)]))
     with StopRequest() as stop, bar:
         while run.step < total:
             epoch, started = run.epoch, time.perf_counter()
@@ -508,17 +559,18 @@ def fit(run: Run, arguments: list[str]) -> int:
 
 def finish_epoch(run: Run, loss: float):
     """Evaluate, and save what the epoch came to. UserError, and nothing saved, if the weights are not finite."""
-    val_loss, right, count = run.evaluate()
-    if not math.isfinite(val_loss):
+    score = run.evaluate()
+    if not math.isfinite(score.loss):
         LossWatch.check(run.step)
     run.history.append({
         "epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
-        "val_loss": val_loss, "val_accuracy": right / count, "seconds": round(run.seconds, 1),
-        "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1)})
+        "val_loss": score.loss, "val_accuracy": score.right / score.count, "seconds": round(run.seconds, 1),
+        "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1),
+        **({} if score.token_accuracy is None else {"val_token_accuracy": score.token_accuracy})})
     run.loss, run.seconds = LossWatch(run.device), 0.0
     if run.rank == 0:
-        tqdm.write(TABLE.format(**run.history[-1]))
-        if right / count >= max(row["val_accuracy"] for row in run.history):
+        tqdm.write(table_row(run.history[-1]))
+        if run.history[-1]["val_accuracy"] >= max(row["val_accuracy"] for row in run.history):
             best = {**run.origin(), "model": run.best_model.state_dict(), "row": run.history[-1]}
             checkpoint.save(best, run.out / "best.pt")
         checkpoint.save(run.state(), run.out / "last.pt", backup=True)
@@ -561,7 +613,7 @@ def facts(run: Run, arguments: list[str]) -> dict:
         "command": command_line(arguments),
         **run.origin(),
         "parameters": count_parameters(run.model),
-        "hardware": describe(run.device),
+        "hardware": hardware.describe(run.device),
         "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
                      "python": platform.python_version()},
         "commit": package_commit(),
@@ -570,14 +622,6 @@ def facts(run: Run, arguments: list[str]) -> dict:
 
 def count_parameters(net: model.RefinerViT) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
-
-
-def describe(device: torch.device) -> str:
-    """The hardware, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
 
 
 def package_commit() -> str | None:
@@ -598,6 +642,8 @@ def finish(run: Run, arguments: list[str]):
               "images_per_second": statistics.median(row["images_per_second"] for row in run.history),
               "accuracy": run.history[-1]["val_accuracy"], "best_accuracy": best["val_accuracy"],
               "best_epoch": best["epoch"], "weights": "EMA" if run.ema is not None else "last"}
+    if "val_token_accuracy" in run.history[-1]:
+        result["token_accuracy"] = run.history[-1]["val_token_accuracy"]
     path = run.out / "config.json"
     record = json.loads(path.read_text()) if path.exists() else facts(run, arguments)
     write_config(run, record | {"result": result})
@@ -616,6 +662,8 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
                                      "What is not given comes from the subset's preset, and is printed first.")
     parser.add_argument("--subset", choices=data.SUBSETS, help="the data (default: digits, which is built in)")
     parser.add_argument("--data", metavar="DIR", help="folder with train/ and val/ (default: below data/, downloaded)")
+    parser.add_argument("--relabel", metavar="DIR", help="learn from the label maps in this folder, not from the set's "
+                        "labels; refiner_min.annotate makes them")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/SUBSET)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one; mps is untested)")
     parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores)")
@@ -638,19 +686,6 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     return argparse.Namespace(**known), given
 
 
-def choose_device(name: str | None) -> torch.device:
-    if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
-
-
 def check_saved(saved: dict, asked: dict, path):
     """UserError naming the fields in which what was asked for differs from what the file at path was made with."""
     differing = [f"{name} ({saved.get(name)} there, {value} here)" for name, value in asked.items()
@@ -667,21 +702,24 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         processes = f", {dist.get_world_size()} processes" if dist.is_initialized() else ""
-        print(f"{args.subset}: on {describe(device)}{processes}")
+        print(f"{args.subset}: on {hardware.describe(device)}{processes}")
         print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
     workers = args.workers if args.workers is not None else max(min(os.cpu_count(), 16) // local_world, 1)
-    transform = data.stream_transform(recipe.img_size, (recipe.crop_min, min(recipe.crop_max, 1)), recipe.flip,
-                                      recipe.randaugment)
+    transform = data.StreamAugmentation(recipe.img_size, (recipe.crop_min, min(recipe.crop_max, 1)), recipe.flip,
+                                        recipe.randaugment)
     if dist.is_initialized() and local_rank:
         dist.barrier()
-    subset = data.load_subset(args.subset, args.data, recipe.img_size, eval_crop=recipe.eval_crop, seed=recipe.seed,
-                              workers=workers, skip_bad=args.skip_bad, transform=transform)
+    subset = data.load_subset(
+        args.subset, args.data, recipe.img_size, grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop,
+        seed=recipe.seed, workers=workers, skip_bad=args.skip_bad, transform=transform, labels=args.relabel)
     if dist.is_initialized() and not local_rank:
         dist.barrier()
     if main:
         streamed = ", streamed (--turn and --colour are for decoded sets)" if subset.train.cropped else ""
         print(f"{len(subset.train):,} pictures to train on, {len(subset.val):,} to validate, {len(subset.classes)} "
               f"classes{streamed}")
+        if subset.annotator:
+            print(f"labels of the training pictures and their patches: {subset.annotator}")
     return subset
 
 
@@ -699,7 +737,7 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device, argumen
     """A run from the preset and the flags, its folder made. UserError: the folder holds a run; nothing is written."""
     args.subset = args.subset or "digits"
     out = Path(args.out or f"runs/{args.subset}")
-    recipe = choose_recipe(args.subset, device, given)
+    recipe = choose_recipe(args.subset, device, given, relabelled=args.relabel is not None)
     try:
         held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
     except OSError as error:
@@ -749,11 +787,13 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
     args.subset, args.data = args.subset or state["subset"], args.data or state["data"]
+    args.relabel = args.relabel or state["relabel"]
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
     run = Run(recipe, subset, build_model(recipe, subset), device, path.parent, args.compile)
-    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes")}, path)
+    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes", "annotator")},
+                path)
     run.restore(state)
     return run
 
@@ -762,7 +802,7 @@ def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
     """Print the accuracy of saved weights, ours or published. Writes nothing."""
     path = Path(args.weights or Path(args.out or f"runs/{args.subset or 'digits'}") / "best.pt")
     state = checkpoint.load(path)
-    ours = "config" in state
+    ours, args.relabel = "config" in state, None  # validation pictures have no maps
     args.subset = args.subset or (state["subset"] if ours else "digits")
     if ours:
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
@@ -773,18 +813,20 @@ def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
     subset = open_subset(args, recipe, device)
     if ours and state["classes"] != subset.class_names:
         raise UserError(f"{path} knows {', '.join(state['classes'][:3])}, ..., not the classes of {args.subset}")
-    net = build_model(recipe, subset, dense=not ours)  # the published models evaluate with both heads
+    net = build_model(recipe, subset, dense=None if ours else True)  # the published models evaluate with both heads
     load_start(net, state, path, same_classes=True)
     run = Run(replace(recipe, ema=0.0), subset, net, device, path.parent)
-    loss, right, count = run.evaluate()
+    score = run.evaluate()
     if run.rank == 0:
-        print(f"accuracy {right / count:.4%} ({right} of {count}), loss {loss:.4f}")
+        tokens = f", of tokens {score.token_accuracy:.4%}" if score.token_accuracy is not None else ""
+        print(f"accuracy {score.right / score.count:.4%} ({score.right} of {score.count}){tokens}, "
+              f"loss {score.loss:.4f}")
 
 
 def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args, given = parse(arguments)
-    device = choose_device(args.device)
+    device = hardware.choose_device(args.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:

@@ -11,10 +11,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from refiner_min import UserError, data
-from tests.pictures import CLASSES, make_folder
+from refiner_min import UserError, data, relabel
+from refiner_min.relabel import LabelMap
+from tests.pictures import CLASSES, make_folder, names_of, pack_labels, random_labels
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Crops and augmentation
@@ -39,8 +41,17 @@ def test_a_crop_on_pixel_borders_is_a_slice():
 
 def test_a_quarter_turn_turns_the_box():
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    turned = as_pixels(data.crop(ramp(), whole, 8, turns=torch.tensor([math.pi / 2])))
+    quarter = torch.tensor([math.pi / 2])
+    turned = as_pixels(data.crop(ramp(), whole, 8, turns=quarter, aspects=torch.ones(1)))
     torch.testing.assert_close(turned, ramp().float().rot90(1, (2, 3)), atol=1e-2, rtol=0)
+
+
+def test_a_turn_keeps_the_proportions_of_a_squashed_picture():
+    """A picture twice as wide as high, its middle square turned by a quarter: the square's corners move on by one."""
+    square = torch.tensor([[0.25, 0.0, 0.75, 1.0]])
+    upright = data.crop(ramp(), square, 8)
+    turned = data.crop(ramp(), square, 8, turns=torch.tensor([math.pi / 2]), aspects=torch.tensor([2.0]))
+    torch.testing.assert_close(turned, upright.rot90(1, (2, 3)), atol=1e-4, rtol=0)
 
 
 def test_outside_of_the_picture_is_black():
@@ -112,21 +123,218 @@ def test_erasing():
 
 
 def test_augmentation_repeats_with_the_seed_and_differs_within_the_batch():
-    pictures, aspects = ramp(16).expand(4, 3, 16, 16).clone(), torch.ones(4)
+    pictures = ramp(16).expand(4, 3, 16, 16).clone()
+    batch = data.Batch(pictures, torch.ones(4), torch.arange(4))
     augment = data.Augmentation(8, (0.3, 1.0), colour=0.4, erasing=0.5, turn=10)
 
     def draw(seed):
         torch.manual_seed(seed)
-        return augment(pictures, aspects)
+        return augment(batch).pictures
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert not torch.equal(draw(1)[0], draw(1)[1])
     still = data.Augmentation(16, (1.0, 1.0), (1.0, 1.0), flip=0.0)
-    torch.testing.assert_close(as_pixels(still(pictures, aspects)), pictures.float(), atol=1e-3, rtol=0)
-    flipped = data.Augmentation(16, (1.0, 1.0), (1.0, 1.0), flip=1.0)(pictures, aspects)
+    torch.testing.assert_close(as_pixels(still(batch).pictures), pictures.float(), atol=1e-3, rtol=0)
+    flipped = data.Augmentation(16, (1.0, 1.0), (1.0, 1.0), flip=1.0)(batch).pictures
     torch.testing.assert_close(as_pixels(flipped), pictures.float().flip(3), atol=1e-3, rtol=0)
-    streamed = data.Augmentation(16, area=None)(pictures, aspects)
+    streamed = data.Augmentation(16, area=None)(batch).pictures
     torch.testing.assert_close(as_pixels(streamed), pictures.float())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Label maps, changed as their pictures are
+
+LEVELS = torch.tensor([60, 120, 180, 240])  # of the four classes; black is outside
+
+
+def quarters(size: int) -> torch.Tensor:
+    """(size, size), another class in each quarter."""
+    return torch.tensor([[0, 1], [2, 3]]).repeat_interleave(size // 2, 0).repeat_interleave(size // 2, 1)
+
+
+def quarter_map(batch: int) -> LabelMap:
+    """The map of pictures of quarters(...): (B, 1, 16, 16), sure of itself."""
+    ids = quarters(16).expand(batch, 1, 16, 16).clone()
+    return LabelMap(torch.full(ids.shape, 30.0), ids)
+
+
+def agreement(images, maps: LabelMap, boxes, grid: int = 8) -> tuple[float, float]:
+    """Of the tokens in whose neighbourhood the image (B, C, S, S) shows one class: the share whose label says the same,
+    and how many they are among all."""
+    tokens = relabel.pool_label_map(*maps, boxes, 4, grid)[1].argmax(dim=2)  # (B, T)
+    levels = as_pixels(images)[:, :1]
+    side = images.shape[3] // grid
+    high, low = (F.max_pool2d(sign * levels, 2 * side, side, side // 2) for sign in (1, -1))  # half a token around
+    shown = (high[:, 0].flatten(1)[:, :, None] - LEVELS).abs()  # (B, T, 4)
+    uniform = ((high + low)[:, 0].flatten(1) < 2) & (shown.min(dim=2).values < 2)
+    return (tokens == shown.argmin(dim=2))[uniform].float().mean().item(), uniform.float().mean().item()
+
+
+@pytest.mark.parametrize("turn", [0, 40])
+@pytest.mark.parametrize("aspect", [1.0, 2.0, 0.5])
+def test_the_map_is_cropped_flipped_and_turned_as_the_picture(turn, aspect):
+    torch.manual_seed(0)
+    pictures = LEVELS[quarters(64)].to(torch.uint8).expand(64, 1, 64, 64)
+    batch = data.Batch(pictures, torch.full((64,), aspect), torch.zeros(64), quarter_map(64))
+    augment = data.Augmentation(32, (0.15, 1.2), flip=0.5, turn=turn)
+    right, compared = agreement(*(lambda b: (b.pictures, b.label_map, b.boxes))(augment(batch)))
+    assert right == 1 and compared > 0.3
+
+
+OPERATIONS = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+@pytest.mark.parametrize("operation", ["none", *OPERATIONS, "Brightness"])
+@pytest.mark.parametrize("shape", [(120, 60), (60, 120)])
+def test_a_streams_map_is_changed_as_its_picture(operation, shape, monkeypatch):
+    """One operation of RandAugment at a time, of pictures that are not square; before it a flip, after it a crop."""
+    torch.manual_seed(0)
+    levels = LEVELS[quarters(120)].to(torch.uint8).numpy()
+    picture = Image.fromarray(levels).resize(shape, Image.Resampling.NEAREST).convert("RGB")
+    augment = data.StreamAugmentation(64, (0.3, 1.0), magnitude=0 if operation == "none" else 20)
+    if operation != "none":
+        space = augment.augment._AUGMENTATION_SPACE
+        monkeypatch.setattr(augment.augment, "_AUGMENTATION_SPACE", {operation: space[operation]})
+    drawn = [augment(picture, LabelMap(*(plane[0] for plane in quarter_map(1)))) for _ in range(60)]
+    images = torch.stack([image for image, _, _ in drawn])
+    maps = LabelMap(*map(torch.stack, zip(*(label_map for _, label_map, _ in drawn))))
+    boxes = torch.stack([box for _, _, box in drawn])
+    assert images.shape == (60, 3, 64, 64) and maps.ids.shape == (60, 1, 16, 16) and boxes.shape == (60, 4)
+    if operation == "Brightness":
+        assert (maps.ids == quarters(16)).all(dim=(1, 2, 3)).float().mean() == pytest.approx(0.5, abs=0.2)  # or flipped
+        return
+    right, compared = agreement(data.normalise(images), maps, boxes, grid=16)
+    assert right > 0.995 and compared > 0.2  # a cell's width beside a slanting border may go either way
+
+
+def test_label_maps_come_with_their_pictures(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set", size=(60, 30))
+    names = names_of(root)
+    logits, ids = random_labels(18)
+    shuffled = np.random.default_rng(1).permutation(18)  # a store's rows are in an order of its own
+    store = pack_labels(tmp_path / "labels", [names[row] for row in shuffled], logits[shuffled], ids[shuffled])
+    for limit in (data.MEMORY_LIMIT, 1000):
+        monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+        for workers in (0, 2):
+            still = data.StreamAugmentation(16, (1.0, 1.0), flip=0.0, magnitude=0)
+            subset = data.load_subset("folder", str(root), 16, labels=str(store), transform=still, workers=workers)
+            assert isinstance(subset.train, data.StreamSplit if limit == 1000 else data.MemorySplit)
+            assert (subset.relabel, subset.annotator) == (str(store), "hand at 64 px")
+            indices = torch.tensor([4, 17, 0, 9, 2])
+            found = list(subset.train.epoch(indices, 3))
+            for batch, here in zip(found, indices.split(3)):
+                assert batch.labels.tolist() == [int(index) // 6 for index in here]
+                assert torch.equal(batch.label_map.logits, torch.from_numpy(logits[here]).float())
+                assert torch.equal(batch.label_map.ids, torch.from_numpy(ids[here]))
+                assert batch.boxes is None if limit != 1000 else batch.boxes.shape == (len(here), 4)
+            assert next(subset.val.epoch(torch.arange(2), 2)).label_map is None
+
+
+def test_a_stream_with_maps_depends_on_seed_and_epoch_not_on_workers(streamed):
+    store = pack_labels(streamed.parent / "labels", names_of(streamed), *random_labels(18))
+
+    def first(workers, seed=0, epoch=0):
+        split = data.load_subset("folder", str(streamed), 16, labels=str(store), workers=workers, seed=seed).train
+        batch = next(split.epoch(torch.arange(4), 4, epoch))
+        return [batch.pictures, *batch.label_map, batch.boxes]
+
+    for one, two in zip(first(0), first(2)):
+        assert torch.equal(one, two)
+    assert not torch.equal(first(0)[3], first(0, seed=1)[3]) and not torch.equal(first(0)[3], first(0, epoch=1)[3])
+
+
+def test_a_picture_without_a_map_stops_before_anything_is_read(tmp_path, streamed):
+    store = pack_labels(tmp_path / "labels", names_of(streamed)[:-2], *random_labels(16))
+    with pytest.raises(UserError, match="has no map for 2 of the 18 training pictures"):
+        data.load_subset("folder", str(streamed), 16, labels=str(store))
+    with pytest.raises(UserError, match="--relabel there does not go with --subset digits"):
+        data.load_subset("digits", None, 16, labels="there")
+
+
+def test_a_bad_map_of_a_stream_is_named(streamed):
+    for name in names_of(streamed):
+        path = streamed.parent / "maps" / f"{name}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.zeros(2, 2, 4, 4), path)
+    torch.save(torch.full((2, 2, 4, 4), 7.0), path)
+    for workers in (0, 1):
+        split = data.load_subset("folder", str(streamed), 16, labels=str(path.parents[1]), workers=workers).train
+        with pytest.raises(UserError, match="5.pt holds the class id 7, but the set has 3 classes"):
+            list(split.epoch(torch.arange(18), 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scenes of digits
+
+
+def scenes(**options) -> data.Subset:
+    return data.load_subset("digit-scenes", None, 32, **options)
+
+
+def test_a_scene_depends_on_seed_epoch_and_index_only():
+    def draw(indices, batch_size=3, epoch=0, seed=0, split="train"):
+        parts = list(getattr(scenes(seed=seed), split).epoch(torch.tensor(indices), batch_size, epoch))
+        return torch.cat([part.pictures for part in parts]), torch.cat([part.token_labels for part in parts])
+
+    pictures, labels = draw([5, 9_999, 0, 7])
+    assert pictures.shape == (4, 1, 32, 32) and pictures.dtype == torch.uint8 and labels.shape == (4, 64, 10)
+    again, labels_again = draw([0, 9_999, 5], batch_size=1)
+    assert torch.equal(again, pictures[[2, 1, 0]]) and torch.equal(labels_again, labels[[2, 1, 0]])
+    assert not torch.equal(draw([0], epoch=1)[0], draw([0])[0]) and not torch.equal(draw([0], seed=1)[0], draw([0])[0])
+    assert torch.equal(draw([0, 1], split="val")[0], draw([0, 1], split="val", seed=1)[0])  # one validation set for all
+
+
+def test_scenes_of_training_and_validation_have_no_digit_in_common():
+    subset = scenes()
+    train, val = ({tuple(image.flatten().tolist()) for image in split.images} for split in (subset.train, subset.val))
+    assert len(train) == 1442 and len(val) == 355 and not train & val
+    assert (len(subset.train), len(subset.val), subset.channels, subset.classes) == (10_000, 1_000, 1, data.DIGITS)
+
+
+def test_what_a_scene_shows_is_what_its_labels_say():
+    """Digits that do not overlap, the first the largest, each drawn in its box; and tokens labelled one by one."""
+    split = scenes().train
+    chance = torch.rand(50, 4, 2 + 2 * split.TRIES, generator=torch.Generator().manual_seed(0))
+    which = (chance[:, :, 0] * 1442).long()
+    batch, seen = split.draw(chance), []
+    place = split.place
+
+    def keep(sides, tries):
+        seen.append((sides, place(sides, tries)))
+        return seen[-1][1]
+
+    split.place = keep
+    assert torch.equal(split.draw(chance).pictures, batch.pictures)
+    sides, boxes = seen[0]
+    assert (sides[:, 1:] < 0.81 * sides[:, :1]).all() and sides.min() > 0.19 and sides.max() < 0.5
+    assert torch.equal(batch.labels, split.labels[which[:, 0]])
+    shown = (boxes[..., 2] <= 1.001) & (boxes[..., 3] <= 1.001)
+    assert shown[:, 0].all() and shown[:, 1].float().mean() > 0.9 and shown.float().mean() > 0.6
+    for scene in range(50):
+        expected, drawn = torch.zeros(64, 10), torch.zeros(32, 32)
+        for digit in range(4):
+            x1, y1, x2, y2 = boxes[scene, digit].tolist()
+            for token in range(64):
+                x, y = (token % 8 + 0.5) / 8, (token // 8 + 0.5) / 8
+                if x1 <= x < x2 and y1 <= y < y2:
+                    expected[token, split.labels[which[scene, digit]]] += 1
+            if shown[scene, digit]:
+                inside = (slice(int(y1 * 32), math.ceil(y2 * 32)), slice(int(x1 * 32), math.ceil(x2 * 32)))
+                drawn[inside] = 1
+        assert expected.sum(dim=1).max() == 1  # no token under two digits
+        assert torch.equal(batch.token_labels[scene], expected)
+        outside = batch.pictures[scene, 0].float() * (1 - drawn)
+        assert outside.sum() < 0.05 * batch.pictures[scene].float().sum()
+
+
+def test_a_digit_fills_its_box():
+    split = scenes().train
+    boxes, sides = torch.tensor([[[0.25, 0.5, 0.75, 1.0]]]), torch.tensor([[0.5]])
+    image = split.images[3:4]
+    painted = split.paint(image[None], boxes, sides)[0, 0].float()
+    expected = F.interpolate(image, (16, 16), mode="bilinear")[0, 0]
+    assert (painted[18:30, 10:22] - expected[2:14, 2:14]).abs().max() <= 1  # the border is mixed with the black around
+    assert painted[:14].sum() == 0 and painted[:, :6].sum() == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,13 +464,13 @@ def streamed(tmp_path, monkeypatch):
 
 
 def batches(split, epoch=0, count=18):
-    return [[tensor.clone() for tensor in batch] for batch in split.epoch(torch.arange(count), 4, epoch)]
+    return [[tensor.clone() for tensor in batch[:3]] for batch in split.epoch(torch.arange(count), 4, epoch)]
 
 
 def test_a_stream_depends_on_seed_and_epoch_not_on_workers(streamed):
     def stream(workers, seed=0):
         return data.load_subset("folder", str(streamed), 16, workers=workers, seed=seed,
-                                transform=data.stream_transform(16, magnitude=9)).train
+                                transform=data.StreamAugmentation(16, magnitude=9)).train
 
     first = batches(stream(0))
     assert [len(labels) for _, _, labels in first] == [4, 4, 4, 4, 2]
@@ -278,7 +486,7 @@ def test_a_stream_depends_on_seed_and_epoch_not_on_workers(streamed):
 
 def test_a_streamed_validation_is_cropped_in_the_middle(streamed):
     split = data.load_subset("folder", str(streamed), 16, eval_crop=0.8).val
-    pictures, aspects, labels = next(split.epoch(torch.arange(2), 2))
+    pictures, aspects, labels, *_ = next(split.epoch(torch.arange(2), 2))
     with Image.open(streamed / "val" / CLASSES[0] / "0.png") as picture:  # 40 x 30: the shorter side becomes 20
         resized = picture.resize((26, 20), Image.Resampling.BICUBIC)
         expected = np.asarray(resized.crop((5, 2, 21, 18)))

