@@ -124,16 +124,20 @@ class Digits(Recipe):
 
 
 @dataclass(frozen=True)
-class DigitScenes(Digits):
+class DigitScenes(Recipe):
     """python -m refiner_min.train --subset digit-scenes
 
+    Scenes of up to four of the digits, 32 px in 64 patches whose labels are known; 10,000 new ones an epoch, 1,000 to
+    validate.
     """
 
+    img_size: int = 32
     patch_size: int = 4
     epochs: int = 4
-    batch_size: int = 64
+    lr: float = 2e-3
     warmup_epochs: float = 0.5
     ema: float = 0.99
+    smoothing: float = 0.0
     dense_weight: float = 0.5
 
 
@@ -715,7 +719,8 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     if dist.is_initialized() and not local_rank:
         dist.barrier()
     if main:
-        streamed = ", streamed (--turn and --colour are for decoded sets)" if subset.train.cropped else ""
+        streams = isinstance(subset.train, data.StreamSplit)
+        streamed = ", streamed (--turn and --colour are for decoded sets)" if streams else ""
         print(f"{len(subset.train):,} pictures to train on, {len(subset.val):,} to validate, {len(subset.classes)} "
               f"classes{streamed}")
         if subset.annotator:
