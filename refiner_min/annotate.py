@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -151,13 +150,13 @@ def class_columns(classes: list[str]) -> torch.Tensor:
     return torch.tensor([wnids.index(name) for name in classes])
 
 
-def top_logits(logits, top: int = TOP):
+def top_logits(logits):
     """Logits (B, H, W, K) -> the largest ones and their classes, (B, k, H, W) each.
 
     Shifted, which no softmax sees, so that the classes left out are worth logit 0 on average (of the exponentials):
     that is what they count as when a map is pooled. Raw logits leave it to chance what 0 means. Ours.
     """
-    values, ids = logits.topk(min(top, logits.shape[3]), dim=3)  # (B, H, W, k)
+    values, ids = logits.topk(min(TOP, logits.shape[3]), dim=3)  # (B, H, W, k)
     left_out = logits.scatter(3, ids, -torch.inf).logsumexp(dim=3, keepdim=True)  # -inf where there are none
     count = logits.shape[3] - ids.shape[3]
     shift = left_out - torch.tensor(count).log() if count else values.mean(dim=3, keepdim=True)
@@ -183,14 +182,18 @@ class Store:
     What a killed process left beyond them is written again."""
 
     def __init__(self, folder: Path, facts: dict, names: list[str], resume: bool):
-        self.path, self.facts = folder / PackedLabels.FACTS, facts | {"done": 0, "skipped": []}
+        self.folder, self.facts = folder, facts | {"done": 0, "skipped": []}
+        if (folder / PackedLabels.FACTS).exists():
+            self.facts, there = PackedLabels.describe(folder)
+            differing = [f"other {name}" for name, value in facts.items() if self.facts.get(name) != value]
+            differing += ["other pictures"] if there != names else []
+            if differing or not resume:
+                why = f"it was begun with {', '.join(differing)}" if differing else "--resume goes on with it"
+                raise UserError(f"{folder} holds {self.facts['done']} of {len(there)} label maps already and is not "
+                                f"written over: {why}, --out DIR begins another one")
         try:
-            if self.path.exists():
-                self.facts = _begun(folder, facts, names, resume)
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / PackedLabels.NAMES) as file:
-                    file.write("".join(f"{name}\n" for name in names).encode())
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PackedLabels.NAMES).write_text("".join(f"{name}\n" for name in names))
             self.files = [open(folder / name, "r+b" if self.facts["done"] else "wb")
                           for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
             for file in self.files:
@@ -199,90 +202,68 @@ class Store:
             raise UserError(f"{folder} cannot be used for the label maps ({error})") from None
         self.save()
 
-    def add(self, logits: np.ndarray, ids: np.ndarray, skipped: list[str]):
-        """Write the next rows, (B, k, H, W) each; skipped: the names among them that are not to be used."""
+    def add(self, maps: relabel.LabelMap, skipped: list[str]):
+        """Write the next rows; skipped: the names among them that are not to be used. UserError: no room for them."""
         try:
-            for file, plane in zip(self.files, (logits.astype("<f2"), ids.astype("<i2"))):
-                file.write(plane.tobytes())
+            for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
+                file.write(plane.numpy().astype(dtype).tobytes())
+                file.flush()
         except OSError as error:
-            raise UserError(f"{self.path.parent} could not be written ({error}); --resume goes on from what it "
-                            f"holds") from None
-        self.facts["done"] += len(logits)
+            raise UserError(f"{self.folder} could not be written ({error}); --resume goes on later") from None
+        self.facts["done"] += len(maps.ids)
         self.facts["skipped"] += skipped
 
     def save(self):
         for file in self.files:
-            file.flush()
             os.fsync(file.fileno())
-        with replacing(self.path) as file:
+        with replacing(self.folder / PackedLabels.FACTS) as file:
             file.write(f"{json.dumps(self.facts, indent=1)}\n".encode())
 
 
-def _begun(folder: Path, facts: dict, names: list[str], resume: bool) -> dict:
-    """What labels.json of a store says that is there already. UserError: it is not to be gone on with."""
-    try:
-        saved = json.loads((folder / PackedLabels.FACTS).read_text())
-        differing = [f"{name} ({saved[name]} there, {value} here)" if len(str(value)) < 50 else name
-                     for name, value in facts.items() if saved[name] != value]
-        done, same_names = saved["done"], (folder / PackedLabels.NAMES).read_text().splitlines() == names
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is a damaged store of label maps ({error}): remove it and begin again") from None
-    if not resume:
-        raise UserError(f"{folder} holds {done} of {len(names)} label maps already: --resume goes on with them, "
-                        f"--out DIR keeps both")
-    if differing or not same_names:
-        raise UserError(f"{folder} was begun with another set or other settings, so --resume cannot go on with it: "
-                        f"{', '.join(differing or ['other pictures'])}")
-    return saved
-
-
 @torch.no_grad()
-def make_maps(annotator: Annotator, columns, pictures, top: int = TOP) -> relabel.LabelMap:
+def make_maps(annotator: Annotator, columns, pictures) -> relabel.LabelMap:
     """Pictures (B, 3, S, S) uint8 -> their maps over the classes in columns, on the CPU."""
     device = annotator.mean.device
     with hardware.autocast(device, hardware.hardware_amp(device)):
         logits = annotator(pictures.to(device))[..., columns.to(device)]  # (B, H, W, K)
-    return relabel.LabelMap(*(plane.cpu() for plane in top_logits(logits, top)))
+    return relabel.LabelMap(*(plane.cpu() for plane in top_logits(logits)))
 
 
-def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: Store, *, size: int,
+def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: Store, size: int,
              batch_size: int, workers: int, skip_bad: bool):
     """Make the maps that the store has not got yet. UserError: a picture that cannot be read."""
     first, blank = store.facts["done"], torch.zeros(3, size, size, dtype=torch.uint8)
     loader = DataLoader(_Squares(paths[first:], size), batch_size, num_workers=workers, collate_fn=list,
                         worker_init_fn=data.ignore_signals)
-    bar = tqdm(total=len(paths), initial=first, unit=" pictures", disable=None)
     try:
-        for number, batch in enumerate(loader):
-            bad = [row for row, picture in enumerate(batch) if isinstance(picture, str)]
-            if bad and not skip_bad:
-                raise UserError(f"{batch[bad[0]]}; {data.SKIP_HINT}")
-            pictures = torch.stack([blank if row in bad else picture for row, picture in enumerate(batch)])
-            maps = make_maps(annotator, columns, pictures)
-            start = store.facts["done"]
-            store.add(maps.logits.numpy(), maps.ids.numpy(), [names[start + row] for row in bad])
-            bar.update(len(batch))
-            if (number + 1) % SAVE_EVERY == 0:
-                store.save()
+        with tqdm(total=len(paths), initial=first, unit=" pictures", disable=None) as bar:
+            for number, batch in enumerate(loader, 1):
+                bad = {row: picture for row, picture in enumerate(batch) if isinstance(picture, str)}
+                if bad and not skip_bad:
+                    raise UserError(f"{next(iter(bad.values()))}; {data.SKIP_HINT}")
+                pictures = torch.stack([blank if row in bad else picture for row, picture in enumerate(batch)])
+                start = store.facts["done"]
+                store.add(make_maps(annotator, columns, pictures), [names[start + row] for row in bad])
+                bar.update(len(batch))
+                if number % SAVE_EVERY == 0:
+                    store.save()
     finally:  # Ctrl-C, or a picture that cannot be read, costs nothing
         store.save()
-        bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def check(folder: Path, classes: list[str], class_names: list[str], paths: list[str], names: list[str], count: int):
+def check(folder: Path, classes: list[str], paths: list[str], names: list[str], count: int):
     """Draw some of the pictures with their maps into check.png of the store."""
-    labels = relabel.open_labels(folder, classes)
-    chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).round().long().tolist()
+    chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).long().tolist()
+    labels, whole = relabel.open_labels(folder, classes), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
     maps = labels.read(labels.find([names[index] for index in chosen]))
-    tokens = [relabel.pool_label_map(logits[None], ids[None], torch.tensor([[0.0, 0, 1, 1]]), len(classes),
-                                     logits.shape[-1])[1] for logits, ids in zip(*maps)]
-    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
-    titles = [class_names[classes.index(Path(names[index]).parts[0])] for index in chosen]
-    plots.save_figure(plots.label_maps(squares, torch.cat(tokens), class_names, titles), folder / "check.png")
+    _, tokens = relabel.pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
+    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0) for index in chosen]
+    titles = [data.class_names([Path(names[index]).parts[0]])[0] for index in chosen]
+    plots.save_figure(plots.label_maps(squares, tokens, data.class_names(classes), titles), folder / "check.png")
     print(f"drawn in {folder / 'check.png'}")
 
 
@@ -321,20 +302,19 @@ def main(arguments=None) -> int:
         raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")
     annotator = make_annotator(args.annotator).to(device)
     shape = make_maps(annotator, columns, torch.zeros(1, 3, args.size, args.size)).logits.shape[1:]
-    facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "pictures": len(names),
-             "shape": list(shape), "batch_size": args.batch_size, "amp": hardware.hardware_amp(device)}
+    facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "shape": list(shape),
+             "batch_size": args.batch_size, "amp": hardware.hardware_amp(device)}  # all that decides the bytes
     store = Store(out, facts, names, args.resume)
     print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
           f"{store.facts['done']:,} are there", flush=True)
     started, before = time.perf_counter(), store.facts["done"]
-    annotate(annotator, columns, paths, names, store, size=args.size, batch_size=args.batch_size, workers=args.workers,
-             skip_bad=args.skip_bad)
+    annotate(annotator, columns, paths, names, store, args.size, args.batch_size, args.workers, args.skip_bad)
     seconds, made = time.perf_counter() - started, len(names) - before
     left_out = f", {len(store.facts['skipped'])} pictures left out" if store.facts["skipped"] else ""
     print(f"{made:,} maps in {seconds / 60:.1f} minutes ({made / seconds:.1f} pictures/s){left_out}: {out}, "
           f"{sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
     if args.check:
-        check(out, classes, data.class_names(classes), paths, names, args.check)
+        check(out, classes, paths, names, args.check)
     return 0
 
 

@@ -55,29 +55,36 @@ class PackedLabels:
     FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
 
     def __init__(self, folder: Path, classes: list[str]):
+        facts, self.names = self.describe(folder)
+        if facts["classes"] != classes:
+            other = sorted(set(facts["classes"]) ^ set(classes)) or ["another order"]
+            raise UserError(f"{folder} was made for other classes ({len(facts['classes'])}; the set has "
+                            f"{len(classes)}; different: {', '.join(other[:3])})")
+        if facts["done"] < len(self.names):
+            raise UserError(f"{folder} is not complete ({facts['done']} of {len(self.names)} pictures): the command "
+                            f"that began it goes on with --resume")
+        self.folder, self.num_classes, self.skipped = folder, len(classes), set(facts["skipped"])
+        self.annotator = f"{facts['annotator']} at {facts['size']} px"
         try:
-            facts = json.loads((folder / self.FACTS).read_text())
-            self.shape, done = (facts["pictures"], *facts["shape"]), facts["done"]  # n, k, H, W
-            self.annotator, made_for = f"{facts['annotator']} at {facts['size']} px", facts["classes"]
-            self.skipped = set(facts["skipped"])
-            self.folder, self.num_classes = folder, len(classes)
-            if done == self.shape[0]:
-                self.logits = np.memmap(folder / self.LOGITS, "<f2", "r", shape=self.shape)
-                self.ids = np.memmap(folder / self.IDS, "<i2", "r", shape=self.shape)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is a damaged store of label maps ({error}); make it again") from None
-        if made_for != classes:
-            other = sorted(set(made_for) ^ set(classes)) or ["another order"]
-            raise UserError(f"{folder} was made for other classes ({len(made_for)}, the set has {len(classes)}; "
-                            f"different: {', '.join(other[:3])})")
-        if done < self.shape[0]:
-            raise UserError(f"{folder} is not complete ({done} of {self.shape[0]} pictures): the command that began it "
-                            f"goes on with --resume")
+            self.logits, self.ids = (np.memmap(folder / file, dtype, "r", shape=(len(self.names), *facts["shape"]))
+                                     for file, dtype in ((self.LOGITS, "<f2"), (self.IDS, "<i2")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
+
+    @classmethod
+    def describe(cls, folder: Path) -> tuple[dict, list[str]]:
+        """What labels.json says, and the pictures' names. UserError: they are damaged."""
+        try:
+            facts, names = json.loads((folder / cls.FACTS).read_text()), (folder / cls.NAMES).read_text().splitlines()
+            if not {"annotator", "size", "classes", "shape", "done", "skipped"} <= facts.keys():
+                raise ValueError(f"{cls.FACTS} holds {', '.join(facts) or 'nothing'}")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
+        return facts, names
 
     def find(self, names: list[str]) -> np.ndarray:
         """The rows of the pictures. UserError: how many have none."""
-        lines = (self.folder / self.NAMES).read_text().splitlines()
-        rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
+        rows = {name: row for row, name in enumerate(self.names) if name not in self.skipped}
         _check_found(self.folder, names, [name in rows for name in names])
         return np.array([rows[name] for name in names])
 

@@ -29,7 +29,7 @@ def pack_labels(folder: Path, names: list[str], logits, ids, classes=CLASSES, **
     (folder / "pictures.txt").write_text("\n".join(names) + "\n")
     (folder / "logits.f16").write_bytes(np.asarray(logits).astype("<f2").tobytes())
     (folder / "ids.i16").write_bytes(np.asarray(ids).astype("<i2").tobytes())
-    known = dict(annotator="hand", size=64, classes=list(classes), pictures=len(names), shape=list(logits.shape[1:]),
+    known = dict(annotator="hand", size=64, classes=list(classes), shape=list(logits.shape[1:]),
                  done=len(names), skipped=[])
     (folder / "labels.json").write_text(json.dumps(known | facts))
     return folder

@@ -25,7 +25,7 @@ def test_environment_has_what_pyproject_asks_for():
     asked = project["dependencies"] + extras["notebooks"] + extras["test"]
     conda, pip = (ROOT / "environment.yml").read_text().split("dependencies:")[1].split("- pip:")
     there = re.findall(r"^  - (.+)$", conda, re.MULTILINE)
-    assert pip.split() == ["-", "-e", "."]
+    assert pip.split() == ["-", "-e", ".[teacher]"]
     assert {package_name(line) for line in there} == {
         "python", "pip", *(package_name(line).replace("torch", "pytorch") if line.startswith("torch>") else
                            package_name(line) for line in asked)}
