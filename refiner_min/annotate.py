@@ -14,7 +14,6 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +69,7 @@ def make_annotator(name: str) -> Annotator:
     weights = get_model_weights(model).DEFAULT
     try:
         network = get_model(model, weights=weights)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(f"the weights of {name} could not be downloaded from {weights.url} ({error}); --annotator "
                         f"{OFFLINE} needs no network") from None
     preprocess = weights.transforms()
@@ -185,15 +184,18 @@ class Store:
         self.folder, self.facts = folder, facts | {"done": 0, "skipped": []}
         if (folder / PackedLabels.FACTS).exists():
             self.facts, there = PackedLabels.describe(folder)
-            differing = [f"other {name}" for name, value in facts.items() if self.facts.get(name) != value]
-            differing += ["other pictures"] if there != names else []
+            differing = [name for name, value in facts.items() if self.facts.get(name) != value]
+            differing += ["pictures"] if there != names else []
             if differing or not resume:
-                why = f"it was begun with {', '.join(differing)}" if differing else "--resume goes on with it"
+                why = f"it differs in {', '.join(differing)}" if differing else "--resume goes on with it"
                 raise UserError(f"{folder} holds {self.facts['done']} of {len(there)} label maps already and is not "
                                 f"written over: {why}, --out DIR begins another one")
+            PackedLabels.check_size(folder, self.facts)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / PackedLabels.NAMES).write_text("".join(f"{name}\n" for name in names))
+            if not self.facts["done"]:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / PackedLabels.NAMES) as file:
+                    file.write(PackedLabels.pack(names))
             self.files = [open(folder / name, "r+b" if self.facts["done"] else "wb")
                           for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
             for file in self.files:
@@ -204,20 +206,27 @@ class Store:
 
     def add(self, maps: relabel.LabelMap, skipped: list[str]):
         """Write the next rows; skipped: the names among them that are not to be used. UserError: no room for them."""
-        try:
-            for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
-                file.write(plane.numpy().astype(dtype).tobytes())
-                file.flush()
-        except OSError as error:
-            raise UserError(f"{self.folder} could not be written ({error}); --resume goes on later") from None
+        if not maps.logits.half().isfinite().all():
+            raise UserError(f"{self.facts['annotator']} gives logits that are not finite on this device: --device cpu")
+        for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
+            self.write(file, plane.numpy().astype(dtype).tobytes())
         self.facts["done"] += len(maps.ids)
         self.facts["skipped"] += skipped
 
     def save(self):
         for file in self.files:
-            os.fsync(file.fileno())
+            self.write(file, b"", sync=True)
         with replacing(self.folder / PackedLabels.FACTS) as file:
             file.write(f"{json.dumps(self.facts, indent=1)}\n".encode())
+
+    def write(self, file, content: bytes, sync: bool = False):
+        try:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.folder} could not be written ({error}); --resume goes on when it can be") from None
 
 
 @torch.no_grad()
@@ -257,8 +266,10 @@ def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], 
 
 def check(folder: Path, classes: list[str], paths: list[str], names: list[str], count: int):
     """Draw some of the pictures with their maps into check.png of the store."""
-    chosen = torch.linspace(0, len(names) - 1, min(count, len(names))).long().tolist()
-    labels, whole = relabel.open_labels(folder, classes), torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
+    labels = relabel.open_labels(folder, classes)
+    good = [index for index, name in enumerate(names) if name not in labels.skipped]
+    chosen = [good[index] for index in torch.linspace(0, len(good) - 1, min(count, len(good))).long()]
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
     maps = labels.read(labels.find([names[index] for index in chosen]))
     _, tokens = relabel.pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
     squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0) for index in chosen]
@@ -301,9 +312,12 @@ def main(arguments=None) -> int:
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")
     annotator = make_annotator(args.annotator).to(device)
-    shape = make_maps(annotator, columns, torch.zeros(1, 3, args.size, args.size)).logits.shape[1:]
+    try:
+        shape = make_maps(annotator, columns, torch.zeros(1, 3, args.size, args.size)).logits.shape[1:]
+    except RuntimeError as error:
+        raise UserError(f"{args.annotator} does not take --size {args.size} ({str(error).splitlines()[0]})") from None
     facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "shape": list(shape),
-             "batch_size": args.batch_size, "amp": hardware.hardware_amp(device)}  # all that decides the bytes
+             "batch_size": args.batch_size}
     store = Store(out, facts, names, args.resume)
     print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
           f"{store.facts['done']:,} are there", flush=True)

@@ -146,6 +146,8 @@ class StreamSplit:
             yield batch.to(self.device)
 
     def _leave_out(self, message: str):
+        if isinstance(message, _BadMap):
+            raise UserError(message)
         if not self.skip_bad:
             raise UserError(f"{message}; {SKIP_HINT}")
         if message not in self.bad:
@@ -165,15 +167,22 @@ class _Samples(Dataset):
         path, label = self.samples[index]
         try:
             picture = read_picture(path)
-            label_map = None if self.maps is None else self.maps[0].read(self.maps[1][[index]])
         except UserError as error:
             return str(error)
+        try:
+            label_map = None if self.maps is None else self.maps[0].read(self.maps[1][[index]])
+        except UserError as error:
+            return _BadMap(error)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if label_map is None:
                 return self.transform(picture), torch.tensor(1.0), torch.tensor(label)
             picture, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))
             return picture, torch.tensor(1.0), torch.tensor(label), label_map, box
+
+
+class _BadMap(str):
+    """What is wrong with a label map. Unlike a picture that is bad, it is not left out."""
 
 
 def _collate(samples) -> tuple[Batch | None, list[str]]:
@@ -241,6 +250,9 @@ def load_subset(subset: str, data: str | None, size: int, *, grid: int = 8, eval
         resize = v2.Resize(math.floor(size / eval_crop), v2.InterpolationMode.BICUBIC)
         whole = v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
         options = dict(seed=seed, workers=workers, skip_bad=skip_bad)
+        if labels is not None and skip_bad:  # what the annotator could not read
+            samples = zip(folders["train"].samples, picture_names(folders["train"]))
+            folders["train"].samples = [sample for sample, name in samples if name not in labels.skipped]
         maps = (labels, labels.find(picture_names(folders["train"]))) if labels is not None else None
         splits = [StreamSplit(folders["train"], transform or StreamAugmentation(size), maps=maps, **options),
                   StreamSplit(folders["val"], whole, **options)]
@@ -352,7 +364,7 @@ def _digit_scenes(size: int, grid: int, seed: int) -> Subset:
     """10,000 scenes an epoch to train on, new ones in each; 1,000 to validate, always the same, of other digits."""
     train, val = _built_in_digits()
     return Subset("digit-scenes", None, SceneSplit(*train, 10_000, size, grid, seed),
-                  SceneSplit(*val, 1_000, size, grid, seed=0), DIGITS, channels=1)
+                  SceneSplit(*val, 1_000, size, grid, seed=-1), DIGITS, channels=1)
 
 
 class SceneSplit:
@@ -379,9 +391,9 @@ class SceneSplit:
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
-        chance = torch.rand(self.count, self.DIGITS, 2 + 2 * self.TRIES, generator=generator)
-        for batch in indices.split(batch_size):
-            yield self.draw(chance[batch].to(self.labels.device))
+        chance = torch.rand(self.count, self.DIGITS, 2 + 2 * self.TRIES, generator=generator).to(self.labels.device)
+        for batch in indices.to(chance.device).split(batch_size):
+            yield self.draw(chance[batch])
 
     def draw(self, chance) -> Batch:
         """Scenes from numbers (B, digits, 2 + 2 tries) between 0 and 1."""
@@ -651,7 +663,8 @@ class StreamAugmentation:
         if self.augment is not None:
             picture, planes = self.augment(picture, planes)
         crop = self.crops[int(torch.randint(2, ()))]
-        top, left, height, width = (crop.make_params([picture])[side] for side in ("top", "left", "height", "width"))
+        params = crop.make_params([picture])
+        top, left, height, width = (params[side] for side in ("top", "left", "height", "width"))
         image = v2.functional.resized_crop(picture, top, left, height, width, [self.size] * 2, crop.interpolation)
         sides = torch.tensor([picture.width, picture.height] * 2)
         logits, ids = planes.chunk(2)
@@ -671,9 +684,9 @@ class PairedRandAugment(v2.RandAugment):
             return super().forward(picture)
         height, width = planes.shape[1:]
         proportions = self.FINER * height, round(self.FINER * height * picture.width / picture.height)
-        self.planes = F.interpolate(planes[None], proportions)[0]
+        self.planes = F.interpolate(planes[None], proportions, mode="nearest-exact")[0]
         picture = super().forward(picture)
-        return picture, F.interpolate(self.planes[None], (height, width))[0]
+        return picture, F.interpolate(self.planes[None], (height, width), mode="nearest-exact")[0]
 
     def _apply_image_or_video_transform(self, image, transform_id, magnitude, interpolation, fill):
         apply = super()._apply_image_or_video_transform

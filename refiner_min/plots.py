@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from refiner_min import replacing
 
@@ -32,10 +32,14 @@ def training_curves(history: list[dict], title: str) -> Figure:
     loss.plot(epochs, [row["val_loss"] for row in history], color=ORANGE, marker=".", label="validation")
     loss.set(xlabel="epoch", ylabel="cross-entropy a picture (nats)", ylim=(0, None))
     loss.legend(frameon=False)
-    values = [100 * row["val_accuracy"] for row in history]
-    accuracy.plot(epochs, values, color=ORANGE, marker=".")
-    accuracy.annotate(f"{values[-1]:.1f} %", (epochs[-1], values[-1]), xytext=(0, -12), textcoords="offset points",
-                      ha="right", va="top")
+    for name, label, color in (("val_accuracy", "pictures", ORANGE), ("val_token_accuracy", "patch tokens", BLUE)):
+        if name in history[0]:
+            values = [100 * row[name] for row in history]
+            accuracy.plot(epochs, values, color=color, marker=".", label=label)
+            accuracy.annotate(f"{values[-1]:.1f} %", (epochs[-1], values[-1]), xytext=(0, -12),
+                              textcoords="offset points", ha="right", va="top")
+    if len(accuracy.lines) > 1:
+        accuracy.legend(frameon=False)
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 101))
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -110,3 +114,56 @@ def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> F
     figure.legend(handles=[Patch(color=colours[index], label=names[index]) for index in shown],
                   loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the notebooks
+
+
+def pictures(images, titles: list[str], columns: int = 8, boxes=None) -> Figure:
+    """Images (n, 1 or 3, S, S) from -1 to 1 side by side, each with its box (x1, y1, x2, y2 as fractions) if given."""
+    figure, grid = _grid(len(images), columns, 1.3)
+    for index, (axes, image, title) in enumerate(zip(grid, images, titles)):
+        axes.imshow((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1,
+                    extent=(0, 1, 1, 0))
+        axes.set_title(title, fontsize="small")
+        if boxes is not None:
+            x1, y1, x2, y2 = boxes[index].tolist()
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=ORANGE, linewidth=2))
+    return figure
+
+
+def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", around_zero: bool = False) -> Figure:
+    """Matrices side by side, on one scale: what a map says, or, around zero, what is negative in it."""
+    figure, grid = _grid(len(maps), columns, 2.2)
+    top = max(float(values.abs().max()) for values in maps)
+    for axes, values, title in zip(grid, maps, titles):
+        shown = axes.imshow(values.numpy(), cmap="PuOr" if around_zero else "viridis", vmin=-top if around_zero else 0,
+                            vmax=top)
+        axes.set_title(title, fontsize="small")
+    figure.colorbar(shown, ax=list(grid), label=label, shrink=0.8)
+    return figure
+
+
+def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
+    """Curves by their names: {name: (x, y)}."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (name, (x, y)), colour, marker in zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]), "os^Dvx"):
+        axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _grid(count: int, columns: int, size: float):
+    """A figure with so many places for pictures, no more than columns in a row."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size * columns, (size + 0.25) * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    return figure, grid

@@ -7,6 +7,7 @@ Shapes: B pictures, K classes, T = grid x grid patch tokens, row by row. It impo
 """
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,42 +56,62 @@ class PackedLabels:
     FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
 
     def __init__(self, folder: Path, classes: list[str]):
-        facts, self.names = self.describe(folder)
+        facts, names = self.describe(folder)
         if facts["classes"] != classes:
             other = sorted(set(facts["classes"]) ^ set(classes)) or ["another order"]
             raise UserError(f"{folder} was made for other classes ({len(facts['classes'])}; the set has "
                             f"{len(classes)}; different: {', '.join(other[:3])})")
-        if facts["done"] < len(self.names):
-            raise UserError(f"{folder} is not complete ({facts['done']} of {len(self.names)} pictures): the command "
-                            f"that began it goes on with --resume")
-        self.folder, self.num_classes, self.skipped = folder, len(classes), set(facts["skipped"])
-        self.annotator = f"{facts['annotator']} at {facts['size']} px"
-        try:
-            self.logits, self.ids = (np.memmap(folder / file, dtype, "r", shape=(len(self.names), *facts["shape"]))
-                                     for file, dtype in ((self.LOGITS, "<f2"), (self.IDS, "<i2")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
+        if facts["done"] < len(names):
+            raise UserError(f"{folder} is not complete ({facts['done']} of {len(names)} pictures): the command that "
+                            f"began it goes on with --resume")
+        self.folder, self.num_classes, self.shape = folder, len(classes), (len(names), *facts["shape"])
+        self.annotator, self.skipped = f"{facts['annotator']} at {facts['size']} px", set(facts["skipped"])
+        self.check_size(folder, facts)
 
     @classmethod
     def describe(cls, folder: Path) -> tuple[dict, list[str]]:
         """What labels.json says, and the pictures' names. UserError: they are damaged."""
         try:
-            facts, names = json.loads((folder / cls.FACTS).read_text()), (folder / cls.NAMES).read_text().splitlines()
+            facts = json.loads((folder / cls.FACTS).read_text())
             if not {"annotator", "size", "classes", "shape", "done", "skipped"} <= facts.keys():
                 raise ValueError(f"{cls.FACTS} holds {', '.join(facts) or 'nothing'}")
+            return facts, cls.unpack((folder / cls.NAMES).read_bytes())
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
-        return facts, names
+
+    @classmethod
+    def check_size(cls, folder: Path, facts: dict):
+        """UserError if the files hold fewer rows than labels.json says."""
+        expected = 2 * facts["done"] * math.prod(facts["shape"])  # bytes
+        for path in (folder / cls.LOGITS, folder / cls.IDS):
+            if not path.exists() or path.stat().st_size < expected:
+                raise UserError(f"{folder} is a damaged store of label maps ({path.name} is shorter than the "
+                                f"{expected:,} bytes that {cls.FACTS} speaks of): make it again")
+
+    @staticmethod
+    def pack(names: list[str]) -> bytes:
+        return "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
+
+    @staticmethod
+    def unpack(names: bytes) -> list[str]:
+        return names.decode("utf-8", "surrogateescape").split("\n")[:-1]
 
     def find(self, names: list[str]) -> np.ndarray:
         """The rows of the pictures. UserError: how many have none."""
-        rows = {name: row for row, name in enumerate(self.names) if name not in self.skipped}
+        _, lines = self.describe(self.folder)
+        rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
         _check_found(self.folder, names, [name in rows for name in names])
         return np.array([rows[name] for name in names])
 
+    def planes(self) -> tuple[np.memmap, np.memmap]:
+        """Mapped anew for every read: nothing to send to a worker process, and no page stays in memory."""
+        return (np.memmap(self.folder / self.LOGITS, "<f2", "r", shape=self.shape),
+                np.memmap(self.folder / self.IDS, "<i2", "r", shape=self.shape))
+
     def read(self, rows) -> LabelMap:
-        logits, ids = (torch.from_numpy(plane[rows]) for plane in (self.logits, self.ids))
-        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes, self.folder)
+        logits, ids = (torch.from_numpy(plane[rows]) for plane in self.planes())
+        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes,
+                        [f"row {row} of {self.folder}" for row in rows])
 
 
 class LabelFiles:
@@ -98,7 +119,7 @@ class LabelFiles:
     of the picture's name. NFNet-F6's maps are 18 x 18, ReLabel's 15 x 15. Source: published, tlt/data/dataset.py."""
 
     def __init__(self, folder: Path, num_classes: int):
-        self.folder, self.num_classes, self.annotator = folder, num_classes, f"files in {folder}"
+        self.folder, self.num_classes, self.annotator, self.skipped = folder, num_classes, "published files", set()
 
     def find(self, names: list[str]) -> np.ndarray:
         """The files of the pictures, below the folder. UserError: how many have none."""
@@ -106,16 +127,17 @@ class LabelFiles:
         stems = [f"{Path(name).parts[0]}/{Path(name).name.split('.')[0]}" for name in names]
         _check_found(self.folder, names, [stem in there for stem in stems])
         self.shape = self._load(self.folder / f"{stems[0]}.pt").shape  # that of all
+        self.read(stems[:1])  # so that maps of other classes are told before training starts
         return np.array(stems)
 
     def read(self, stems) -> LabelMap:
-        return LabelMap(*map(torch.stack, zip(*(self._read(self.folder / f"{stem}.pt") for stem in stems))))
-
-    def _read(self, path: Path) -> LabelMap:  # (k, H, W) each
-        planes = self._load(path)
-        if planes.shape != self.shape:
-            raise UserError(f"{path} is no label map (shape {tuple(planes.shape)} instead of {tuple(self.shape)})")
-        return _checked(LabelMap(planes[0].float(), planes[1].long()), self.num_classes, path)
+        paths = [self.folder / f"{stem}.pt" for stem in stems]
+        maps = [self._load(path) for path in paths]  # (2, k, H, W) each
+        for path, planes in zip(paths, maps):
+            if planes.shape != self.shape:
+                raise UserError(f"{path} is no label map (shape {tuple(planes.shape)} instead of {tuple(self.shape)})")
+        logits, ids = torch.stack(maps, dim=1)
+        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes, paths)
 
     def _load(self, path: Path) -> torch.Tensor:
         try:
@@ -123,7 +145,7 @@ class LabelFiles:
             if planes.ndim != 4 or len(planes) != 2:
                 raise ValueError(f"shape {tuple(planes.shape)} instead of (2, k, H, W)")
         except Exception as error:  # torch.load raises many kinds
-            raise UserError(f"{path} is no label map ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path} is no label map ({(str(error) or repr(error)).splitlines()[0]})") from None
         return planes
 
 
@@ -133,11 +155,15 @@ def _check_found(folder: Path, names: list[str], found: list[bool]):
                         f"{names[found.index(False)]} the first of them: was it made for this set?")
 
 
-def _checked(maps: LabelMap, num_classes: int, source) -> LabelMap:
-    if maps.ids.min() < 0 or maps.ids.max() >= num_classes:
-        raise UserError(f"{source} holds the class id {int(maps.ids.max())}, but the set has {num_classes} classes")
+def _checked(maps: LabelMap, num_classes: int, sources: list) -> LabelMap:
+    outside = (maps.ids < 0) | (maps.ids >= num_classes)  # (B, k, H, W)
+    if outside.any():
+        index = int(outside.nonzero()[0, 0])
+        raise UserError(f"{sources[index]} holds the class id {int(maps.ids[outside][0])}, but the set has "
+                        f"{num_classes} classes")
     if not maps.logits.isfinite().all():
-        raise UserError(f"{source} holds logits that are not finite")
+        index = int(maps.logits.isfinite().logical_not().nonzero()[0, 0])
+        raise UserError(f"{sources[index]} holds logits that are not finite")
     return maps
 
 
@@ -155,8 +181,9 @@ def pool_label_map(topk_logits, topk_ids, boxes, num_classes: int, size: int):
     """
     batch, _, height, width = topk_logits.shape
     dense = topk_logits.new_zeros(batch, num_classes, height, width).scatter_(1, topk_ids, topk_logits)
-    corners = boxes.to(dense) * dense.new_tensor([width, height, width, height])  # in cells
-    rois = torch.cat([torch.arange(batch).to(corners)[:, None], corners], dim=1)  # (B, 5), the picture's index first
+    x1, y1, x2, y2 = boxes.to(dense.dtype).unbind(1)  # (B,) each
+    index = torch.arange(batch, dtype=dense.dtype, device=dense.device)
+    rois = torch.stack([index, x1 * width, y1 * height, x2 * width, y2 * height], dim=1)  # (B, 5), in cells
     image = roi_align(dense, rois, 1, aligned=True).flatten(1)  # (B, K)
     tokens = roi_align(dense, rois, size, aligned=True).flatten(2)  # (B, K, T)
     del dense  # (B, K, H, W) is the largest tensor here: it goes before the softmax makes another one

@@ -133,7 +133,7 @@ class DigitScenes(Recipe):
 
     img_size: int = 32
     patch_size: int = 4
-    epochs: int = 4
+    epochs: int = 3
     lr: float = 2e-3
     warmup_epochs: float = 0.5
     ema: float = 0.99
@@ -459,10 +459,11 @@ class Run:
     def labels(self, batch: data.Batch) -> Labels:
         """What an augmented batch learns from: the data set's labels, or its label maps' under the images' boxes."""
         image, tokens = batch.labels, batch.token_labels
+        wanted = self.recipe.token_labels and self.recipe.dense_weight > 0
         if batch.label_map is not None:
-            classes, grid = len(self.subset.classes), self.model.config.grid
+            classes, grid = len(self.subset.classes), self.model.config.grid if wanted else 1
             image, tokens = pool_label_map(*batch.label_map, batch.boxes, classes, grid)
-        return Labels(image, tokens if self.recipe.token_labels and self.recipe.dense_weight else None)
+        return Labels(image, tokens if wanted else None)
 
     def train_step(self, images, labels: Labels):
         """One step on images (B, channels, S, S) and their labels."""
@@ -719,8 +720,9 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     if dist.is_initialized() and not local_rank:
         dist.barrier()
     if main:
-        streams = isinstance(subset.train, data.StreamSplit)
-        streamed = ", streamed (--turn and --colour are for decoded sets)" if streams else ""
+        streamed = {data.StreamSplit: ", streamed (--turn and --colour are for decoded sets)",
+                    data.SceneSplit: ", new ones in every epoch (--crop-*, --flip, --turn and --colour are for "
+                                     "photographs)"}.get(type(subset.train), "")
         print(f"{len(subset.train):,} pictures to train on, {len(subset.val):,} to validate, {len(subset.classes)} "
               f"classes{streamed}")
         if subset.annotator:
@@ -792,13 +794,13 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
     args.subset, args.data = args.subset or state["subset"], args.data or state["data"]
-    args.relabel = args.relabel or state["relabel"]
+    args.relabel = args.relabel or state.get("relabel")
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
     run = Run(recipe, subset, build_model(recipe, subset), device, path.parent, args.compile)
-    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes", "annotator")},
-                path)
+    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes", "annotator")
+                         if name in state}, path)
     run.restore(state)
     return run
 
@@ -807,7 +809,9 @@ def evaluate(args: argparse.Namespace, given: dict, device: torch.device):
     """Print the accuracy of saved weights, ours or published. Writes nothing."""
     path = Path(args.weights or Path(args.out or f"runs/{args.subset or 'digits'}") / "best.pt")
     state = checkpoint.load(path)
-    ours, args.relabel = "config" in state, None  # validation pictures have no maps
+    ours = "config" in state
+    if args.relabel:
+        raise UserError("--relabel does not go with --eval: validation pictures have no label maps")
     args.subset = args.subset or (state["subset"] if ours else "digits")
     if ours:
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)

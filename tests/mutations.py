@@ -72,12 +72,12 @@ FAULTS = [  # description, file, what stands there, what takes its place
      "centre.repeat(self.grid), centre.repeat_interleave(self.grid)",
      "centre.repeat_interleave(self.grid), centre.repeat(self.grid)"),
     ("digits of a scene overlap", "data", "apart.any(dim=3).all(dim=2)", "apart.any(dim=3).any(dim=2)"),
-    ("label map cropped along the wrong axis", "relabel", "dense.new_tensor([width, height, width, height])",
-     "dense.new_tensor([height, width, height, width])"),
+    ("label map cropped along the wrong axis", "relabel", "x1, y1, x2, y2 = boxes",
+     "y1, x1, y2, x2 = boxes"),
     ("label map pooled without aligning", "relabel", "roi_align(dense, rois, size, aligned=True)",
      "roi_align(dense, rois, size, aligned=False)"),
-    ("softmax before the pooling", "relabel", "    corners = boxes.to(dense)", "    dense = dense.softmax(1)\n"
-     "    corners = boxes.to(dense)"),
+    ("softmax before the pooling", "relabel", "    index = torch.arange(batch", "    dense = dense.softmax(1)\n"
+     "    index = torch.arange(batch"),
     ("tokens of a label map column by column", "relabel", "rois, size, aligned=True).flatten(2)",
      "rois, size, aligned=True).transpose(2, 3).flatten(2)"),
     ("box of MixToken one too large", "relabel", "min(row + side, grid), min(col + side, grid)",
@@ -95,7 +95,7 @@ FAULTS = [  # description, file, what stands there, what takes its place
     ("tokens without a label trained", "relabel", "(losses * labelled).sum()", "losses.sum()"),
     ("an id outside the classes taken", "relabel", "maps.ids.max() >= num_classes", "False"),
     ("pictures without a map taken", "relabel", "    if not all(found):", "    if False:"),
-    ("an incomplete store taken", "relabel", "if facts[\"done\"] < len(self.names):", "if False:"),
+    ("an incomplete store taken", "relabel", "if facts[\"done\"] < len(names):", "if False:"),
     ("a store of other classes taken", "relabel", "if facts[\"classes\"] != classes:", "if False:"),
     ("published maps may run code", "relabel", "weights_only=True", "weights_only=False"),
     ("annotated pictures cropped, not squashed", "annotate", "data.squash(data.read_picture(self.paths[index]), "

@@ -20,6 +20,29 @@ def test_training_curves():
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (loss, accuracy))
 
 
+def test_training_curves_of_tokens_too():
+    history = [row | {"val_token_accuracy": 0.1 * row["epoch"]} for row in HISTORY]
+    accuracy = plots.training_curves(history, "a title").axes[1]
+    assert list(accuracy.lines[1].get_ydata()) == pytest.approx([10, 20, 30])
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["pictures", "patch tokens"]
+
+
+def test_label_maps():
+    """Two of five pictures' tokens coloured by their likeliest class, the surer the stronger; none where none is."""
+    labels = torch.zeros(5, 4, 12)
+    labels[0, :, 3] = torch.tensor([1.0, 0.5, 0.0, 1.0])
+    labels[1, 0, 7] = 1.0
+    pictures = [torch.rand(8, 8, 3).numpy() for _ in range(5)]
+    figure = plots.label_maps(pictures, labels, [f"class {index}" for index in range(12)], list("abcde"))
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == list("abcde")
+    overlay = shown[0].images[1].get_array()  # (2, 2, 4)
+    assert overlay[..., 3].flatten().tolist() == pytest.approx([0.75, 0.375, 0, 0.75])
+    other = shown[1].images[1].get_array()[0, 0, :3]
+    assert (overlay[0, 0, :3] == overlay[1, 1, :3]).all() and (overlay[0, 0, :3] != other).any()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["class 3", "class 7"]
+
+
 def test_explanation():
     maps = {1: {stage: torch.rand(4, 4) for stage in plots.STAGES}, 3: {"raw": torch.rand(4, 4)}}
     figure = plots.explanation(torch.rand(32, 32, 3).numpy(), ["cat", "dog"], [0.7, 0.3], maps)

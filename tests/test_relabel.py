@@ -3,6 +3,8 @@ MixToken by counting, and every store that is opened or refused."""
 
 import json
 import math
+import os
+import pickle
 import subprocess
 import sys
 
@@ -356,7 +358,29 @@ def test_both_kinds_of_store_give_back_their_maps(store, files):
         assert torch.equal(maps.logits, torch.from_numpy(logits[[3, 2]]).float())
         assert torch.equal(maps.ids, torch.from_numpy(ids[[3, 2]].copy()))
         assert labels.annotator
-    assert isinstance(relabel.open_labels(store, list(CLASSES)).logits, np.memmap)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_store(tmp_path):
+    """Reading all of a store of 200 MB, picture by picture, and sending it to a worker."""
+    names = [f"{CLASSES[0]}/{index}" for index in range(50_000)]
+    folder = pack_labels(tmp_path / "labels", names, *random_labels(1, grid=1))
+    for file in (folder / "logits.f16", folder / "ids.i16"):
+        os.truncate(file, 50_000 * 5 * 20 * 20 * 2)  # sparse
+    facts = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(facts | {"shape": [5, 20, 20], "done": 50_000}))
+    labels = relabel.open_labels(folder, list(CLASSES))
+    keys = labels.find(names)
+    assert len(pickle.dumps(labels)) < 1000
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for rows in np.array_split(keys, 500):
+        labels.read(rows)
+    assert resident() - before < 50e6
 
 
 @pytest.mark.parametrize("kind", ["store", "files"])
