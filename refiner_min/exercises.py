@@ -1,7 +1,7 @@
-"""What the notebooks' exercises call: each check_... takes the reader's function and says what is wrong with its answer.
+"""What the notebooks' exercises call: each check_... takes the reader's function and says what is wrong with it.
 
-A solution in a notebook takes the place of a stub only while it is empty (solution_of), so that a notebook runs from top
-to bottom and a reader's own answer is what is checked. It imports no other module of the package.
+A solution in a notebook takes the place of a stub only while it is empty (solution_of), so that a notebook runs from
+top to bottom and a reader's own answer is what is checked. It imports no other module of the package.
 """
 
 import torch

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -191,20 +190,28 @@ def test_maps_are_of_the_whole_squashed_picture(pictures, capsys):
 # Stores
 
 
+KILLED = """
+import os, signal, sys
+from refiner_min import annotate
+make, calls = annotate.make_maps, []
+def make_or_die(*words):
+    calls.append(words)
+    if len(calls) == 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(*words)
+annotate.make_maps = make_or_die
+annotate.main(sys.argv[1:])
+"""
+
+
 def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(tmp_path):
     root = make_folder(tmp_path / "set", train=30, val=1)
     arguments = command(root, "--batch-size", "1")
     assert annotate.main(arguments) == 0
     Path("labels").rename("whole")
-    process = subprocess.Popen([sys.executable, "-m", "refiner_min.annotate", *arguments], env=ENVIRONMENT)
-    path = Path("labels/labels.json")
-    while not (path.exists() and json.loads(path.read_text())["done"]):  # saved for the first time
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < json.loads(path.read_text())["done"] < 90
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    assert json.loads(Path("labels/labels.json").read_text())["done"] == 32  # 16 more are on the disk, and do not count
     with pytest.raises(UserError, match="is not complete .* goes on with --resume"):
         relabel.open_labels("labels", list(CLASSES))
     with pytest.raises(UserError, match="holds .* of 90 label maps already .*: --resume goes on with it, --out DIR"):
@@ -235,8 +242,8 @@ def test_an_interruption_loses_no_batch(pictures, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--size", "96"], "holds 9 of 9 label maps already .*: it was begun with other size, other shape, --out DIR"),
-    (["--batch-size", "3"], "begun with other batch_size, --out DIR"),
+    (["--size", "96"], "holds 9 of 9 label maps already .*: it differs in size, shape, --out DIR begins another"),
+    (["--batch-size", "3"], "it differs in batch_size, --out DIR"),
 ])
 def test_another_store_is_not_gone_on_with(pictures, flags, message):
     assert annotate.main(command(pictures)) == 0
@@ -251,7 +258,7 @@ def test_a_store_of_other_pictures_is_not_gone_on_with(tmp_path):
     assert annotate.main(command(root)) == 0
     picture = root / "train" / CLASSES[0] / "0.png"
     picture.rename(picture.with_name("new.png"))
-    with pytest.raises(UserError, match="begun with other pictures"):
+    with pytest.raises(UserError, match="it differs in pictures"):
         annotate.main(command(root, "--resume"))
     Path("labels/labels.json").write_text("{}")
     with pytest.raises(UserError, match="labels is a damaged store of label maps .labels.json holds nothing"):
@@ -263,7 +270,7 @@ def test_pictures_that_cannot_be_read(tmp_path, capsys):
     (root / "train" / CLASSES[1] / "3.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"n02102040.3.png is not a picture that can be read .*--skip-bad"):
         annotate.main(command(root))
-    assert annotate.main(command(root, "--resume", "--skip-bad")) == 0
+    assert annotate.main(command(root, "--resume", "--skip-bad", "--check", "18")) == 0
     assert ", 1 pictures left out" in capsys.readouterr().out
     labels = relabel.open_labels("labels", list(CLASSES))
     assert len(labels.find([name for name in names_of(root) if name != f"{CLASSES[1]}/3"])) == 17
@@ -283,6 +290,44 @@ def test_flags_that_do_not_go(pictures, flags, message):
     Path("file").write_text("")
     with pytest.raises(UserError, match=message):
         annotate.main(command(pictures, *flags))
+
+
+def test_a_size_that_the_annotator_does_not_take(pictures, monkeypatch):
+    """As maxvit_t, whose windows fit 224 px only."""
+    def refuse(*words):
+        raise RuntimeError("shape '[4, 7, 1, 64]' is invalid\nand more")
+
+    monkeypatch.setattr(annotate, "make_maps", refuse)
+    with pytest.raises(UserError, match=r"efficientnet-lite0 does not take --size 64 .shape .* is invalid.$"):
+        annotate.main(command(pictures))
+    assert not Path("labels").exists()
+
+
+def test_numbers_that_are_not_finite(pictures, monkeypatch):
+    def too_large(*words):
+        maps = make(*words)
+        return maps._replace(logits=maps.logits * 1e9)
+
+    make = annotate.make_maps
+    monkeypatch.setattr(annotate, "make_maps", too_large)
+    with pytest.raises(UserError, match="gives logits that are not finite"):
+        annotate.main(command(pictures))
+
+
+def test_a_disk_that_fills_up(pictures, monkeypatch):
+    class Full:
+        def write(self, content):
+            raise OSError("No space left on device")
+
+    make = annotate.Store.__init__
+
+    def begin(store, *words):
+        make(store, *words)
+        store.files = [Full(), Full()]
+
+    monkeypatch.setattr(annotate.Store, "__init__", begin)
+    with pytest.raises(UserError, match="labels could not be written .No space left.*; --resume goes on"):
+        annotate.main(command(pictures))
 
 
 def test_two_pictures_of_one_name(tmp_path):

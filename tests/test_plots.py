@@ -30,7 +30,8 @@ def test_training_curves_of_tokens_too():
 def test_label_maps():
     """Two of five pictures' tokens coloured by their likeliest class, the surer the stronger; none where none is."""
     labels = torch.zeros(5, 4, 12)
-    labels[0, :, 3] = torch.tensor([1.0, 0.5, 0.0, 1.0])
+    labels[0, :2, 3] = torch.tensor([1.0, 0.5])
+    labels[0, 3, 7] = 1.0
     labels[1, 0, 7] = 1.0
     pictures = [torch.rand(8, 8, 3).numpy() for _ in range(5)]
     figure = plots.label_maps(pictures, labels, [f"class {index}" for index in range(12)], list("abcde"))
@@ -38,8 +39,9 @@ def test_label_maps():
     assert [axes.get_title() for axes in shown] == list("abcde")
     overlay = shown[0].images[1].get_array()  # (2, 2, 4)
     assert overlay[..., 3].flatten().tolist() == pytest.approx([0.75, 0.375, 0, 0.75])
-    other = shown[1].images[1].get_array()[0, 0, :3]
-    assert (overlay[0, 0, :3] == overlay[1, 1, :3]).all() and (overlay[0, 0, :3] != other).any()
+    other = shown[1].images[1].get_array()[0, 0, :3]  # of class 7
+    assert (overlay[0, 0, :3] == overlay[0, 1, :3]).all() and (overlay[0, 0, :3] != other).any()
+    assert (overlay[1, 1, :3] == other).all()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["class 3", "class 7"]
 
 

@@ -190,7 +190,7 @@ def test_memory_of_pooling():
     """256 pictures, 1000 classes, maps of 18 x 18 to 14 x 14 tokens: less than 700 MB beyond the result."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert 300 < float(done.stdout) < 700
+    assert float(done.stdout) < 700
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,18 +217,9 @@ def test_box_of_mix_token():
 def test_the_share_of_a_box_is_that_of_the_tokens_it_swaps():
     tokens = torch.stack([torch.zeros(196, 1), torch.ones(196, 1)])
     for row0, col0, row1, col1 in np.ndindex(15, 15, 15, 15):
-        if row0 < row1 and col0 < col1 and (row0 + col0 + row1 + col1) % 5 == 0:  # a fifth of the 11,025: seconds
+        if row0 < row1 and col0 < col1:  # all of the 11,025
             box = (row0, col0, row1, col1)
             assert relabel.box_share(box, 14) == pytest.approx(swap_tokens(tokens, box)[0].mean().item(), abs=1e-6)
-
-
-def test_the_share_of_every_box_on_the_grid():
-    for row0 in range(14):
-        for row1 in range(row0 + 1, 15):
-            for col0 in range(14):
-                for col1 in range(col0 + 1, 15):
-                    count = len(range(row0, row1)) * len(range(col0, col1))
-                    assert relabel.box_share((row0, col0, row1, col1), 14) * 196 == pytest.approx(count)
 
 
 def coloured(batch: int = 4, grid: int = 4, size: int = 16):
@@ -303,11 +294,10 @@ def test_class_ids_are_one_hot_labels():
                                F.cross_entropy(output.logits, ids, label_smoothing=0.1))
 
 
-def test_smoothing_sums_to_one():
+def test_a_smoothed_label_is_p_times_one_minus_s_plus_s_over_k():
     torch.manual_seed(0)
     logits, label = torch.randn(3, 5), torch.rand(3, 5).softmax(dim=1)
     smooth = label * 0.8 + 0.2 / 5
-    assert_close(smooth.sum(dim=1), torch.ones(3), 1e-6)
     torch.testing.assert_close(TokenLabelLoss(smoothing=0.2)(logits, Labels(label)),
                                -(smooth * logits.log_softmax(dim=1)).sum(dim=1).mean())
 
@@ -409,6 +399,17 @@ def test_stores_that_do_not_fit(tmp_path, facts, message):
         relabel.open_labels(folder, list(CLASSES))
 
 
+def test_a_store_that_lost_its_end(store):
+    os.truncate(store / "ids.i16", 100)
+    with pytest.raises(UserError, match="damaged store of label maps .ids.i16 is shorter than the 256 bytes"):
+        relabel.open_labels(store, list(CLASSES))
+
+
+def test_published_maps_of_other_classes_are_told_at_once(files):
+    with pytest.raises(UserError, match="a.pt holds the class id [12], but the set has 1 classes"):
+        relabel.open_labels(files, ["n01440764"]).find(NAMES)
+
+
 def test_folders_that_hold_no_maps(tmp_path, store):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match=f"--relabel {folder} holds no label maps"):
@@ -424,11 +425,14 @@ def test_folders_that_hold_no_maps(tmp_path, store):
 def test_maps_that_cannot_be_used(tmp_path, files):
     logits, ids = random_labels(4)
     folder = pack_labels(tmp_path / "ids", NAMES, logits, ids + 1)
-    with pytest.raises(UserError, match="ids holds the class id 3, but the set has 3 classes"):
+    with pytest.raises(UserError, match="row 0 of .*ids holds the class id 3, but the set has 3"):
         relabel.open_labels(folder, list(CLASSES)).read([0, 1, 2])
+    folder = pack_labels(tmp_path / "negative", NAMES, logits, ids - (np.arange(4) == 2)[:, None, None, None])
+    with pytest.raises(UserError, match="row 2 of .*negative holds the class id -1, but"):
+        relabel.open_labels(folder, list(CLASSES)).read(np.array([3, 1, 2]))
     logits[0, 0, 0, 0] = math.nan
     folder = pack_labels(tmp_path / "nan", NAMES, logits, ids)
-    with pytest.raises(UserError, match="nan holds logits that are not finite"):
+    with pytest.raises(UserError, match="row 0 of .*nan holds logits that are not finite"):
         relabel.open_labels(folder, list(CLASSES)).read([0])
 
     labels = relabel.open_labels(files, list(CLASSES))

@@ -438,6 +438,11 @@ def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, mon
         train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
 
 
+def test_maps_do_not_go_with_an_evaluation(pictures, labels):
+    with pytest.raises(UserError, match="--relabel does not go with --eval"):
+        train.main([*small(pictures), "--eval", "--relabel", labels])
+
+
 def test_pictures_without_maps_stop_a_run_before_it_starts(pictures):
     store = pack_labels(Path("store"), names_of(pictures)[1:], *random_labels(23))
     with pytest.raises(UserError, match="store has no map for 1 of the 24 training pictures"):
@@ -581,6 +586,14 @@ def test_two_processes(pictures):
     assert "--batch-size 11 must be a multiple of the 2 processes" in done.stderr and not Path("odd").exists()
     with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
         train.main(["--resume", "two", "--device", "cpu"])
+
+
+def test_two_processes_learn_from_maps(pictures, labels):
+    flags = ["--batch-size", "12", "--epochs", "1", "--mix-token", "--mixup", "0.8", "--cutmix", "1"]
+    done = torchrun(*small(pictures, "--out", "two", "--relabel", labels, *flags))
+    assert done.returncode == 0, done.stderr
+    state = checkpoint.load("two/last.pt")
+    assert state["processes"] == 2 and state["config"]["dense"] and state["annotator"] == "hand at 64 px"
 
 
 def torchrun(*flags):
