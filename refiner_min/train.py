@@ -128,17 +128,18 @@ class DigitScenes(Recipe):
     """python -m refiner_min.train --subset digit-scenes
 
     Scenes of up to four of the digits, 32 px in 64 patches whose labels are known; 10,000 new ones an epoch, 1,000 to
-    validate.
+    validate. The patch tokens' loss weighs eight times what is published: with 0.5 they end up naming the largest digit
+    wherever they are, because the class token's loss falls sooner.
     """
 
     img_size: int = 32
     patch_size: int = 4
-    epochs: int = 3
+    epochs: int = 2
     lr: float = 2e-3
     warmup_epochs: float = 0.5
     ema: float = 0.99
     smoothing: float = 0.0
-    dense_weight: float = 0.5
+    dense_weight: float = 4.0
 
 
 @dataclass(frozen=True)
