@@ -272,7 +272,7 @@ def check(folder: Path, classes: list[str], paths: list[str], names: list[str], 
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
     maps = labels.read(labels.find([names[index] for index in chosen]))
     _, tokens = relabel.pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
-    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0) for index in chosen]
+    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
     titles = [data.class_names([Path(names[index]).parts[0]])[0] for index in chosen]
     plots.save_figure(plots.label_maps(squares, tokens, data.class_names(classes), titles), folder / "check.png")
     print(f"drawn in {folder / 'check.png'}")

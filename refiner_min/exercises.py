@@ -4,6 +4,9 @@ A solution in a notebook takes the place of a stub only while it is empty (solut
 top to bottom and a reader's own answer is what is checked. It imports no other module of the package.
 """
 
+import dis
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +23,10 @@ def solution_of(stub):
     def empty():
         ...
 
-    return lambda solution: solution if stub.__code__.co_code == empty.__code__.co_code else stub
+    def steps(function):
+        return [(step.opname, step.argval) for step in dis.get_instructions(function)]
+
+    return lambda solution: solution if steps(stub) == steps(empty) else stub
 
 
 def compare(found, expected, faults: dict):
@@ -198,3 +204,92 @@ def check_effective_window(window):
         raise WrongAnswer(f"for token {case[0]} of a grid of {case[1]} with a kernel of {case[2]} it gives "
                           f"{sorted(found)}, not {sorted(by_index(*case))}")
     print("right")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 04_relabeling
+
+
+def check_spread_out(spread_out):
+    """spread_out(logits, ids, num_classes): (B, k, H, W) each -> (B, K, H, W), logit 0 for what is not kept."""
+    scores = _random(2, 6, 3, 4)
+    logits, ids = scores.topk(3, dim=1)
+    right = torch.zeros(2, 6, 3, 4).scatter(1, ids, logits)
+    compare(spread_out(logits, ids, 6), right, {
+        "the classes that are left out are -inf; the published code, and ours, count them as logit 0":
+            torch.full((2, 6, 3, 4), -torch.inf).scatter(1, ids, logits),
+        "there is a softmax already; it comes after the pooling": right.softmax(dim=1),
+        "the logits are put in the order of their rank, not at their class": F.pad(logits, (0, 0, 0, 0, 0, 3)),
+    })
+
+
+def check_compose(compose):
+    """compose(outer, inner): boxes (4,) x1, y1, x2, y2; inner in fractions of outer -> in those of the whole."""
+    outer, inner = torch.tensor([0.2, 0.1, 0.8, 0.5]), torch.tensor([0.5, 0.25, 1.0, 0.75])
+    sides, swapped = (outer[2:] - outer[:2]).repeat(2), (outer[2:] - outer[:2]).flip(0).repeat(2)
+    compare(compose(outer, inner), outer[:2].repeat(2) + inner * sides, {
+        "the inner box is scaled but not moved: it starts at the outer one's corner": inner * sides,
+        "the inner box is moved but not scaled": outer[:2].repeat(2) + inner,
+        "width and height have changed places": outer[:2].repeat(2) + inner * swapped,
+        "the two boxes are multiplied": outer * inner,
+    })
+
+
+def check_mixed_label(mixed_label):
+    """mixed_label(labels, box, grid): (B, K) and MixToken's box -> the labels of the mixed pictures, (B, K)."""
+    labels, box = F.one_hot(torch.tensor([0, 2, 1, 4]), 5).float(), (1, 0, 4, 2)
+    share = 6 / 16
+    compare(mixed_label(labels, box, 4), (1 - share) * labels + share * labels.flip(0), {
+        "own and partner have changed places: the box's share is the partner's":
+            share * labels + (1 - share) * labels.flip(0),
+        "the partner is the picture at the other end of the batch: flip(0), not the next one":
+            (1 - share) * labels + share * labels.roll(1, 0),
+        "the share is that of the box's sides, not of its area": (1 - 5 / 8) * labels + 5 / 8 * labels.flip(0),
+        "the labels are not mixed": labels,
+    })
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 05_full_training
+
+
+def check_schedule(rate):
+    """rate(step, warmup, total): the share of the peak learning rate; linear warm-up, then half a cosine to zero."""
+    def curve(step, warmup, total, late=0, whole=1):
+        if step < warmup:
+            return (step + 1 - late) / (warmup + 1 - late)
+        return (1 + math.cos(whole * math.pi * (step - warmup) / (total - warmup))) / 2
+
+    steps = [0, 3, 9, 10, 11, 35, 60, 99]
+    right = torch.tensor([curve(step, 10, 100) for step in steps])
+    compare(torch.tensor([float(rate(step, 10, 100)) for step in steps]), right, {
+        "step 0 does nothing: begin at 1 / (warmup + 1)":
+            torch.tensor([curve(step, 10, 100, late=1) for step in steps]),
+        "the cosine runs a whole turn and climbs again; half a turn ends at zero":
+            torch.tensor([curve(step, 10, 100, whole=2) for step in steps]),
+        "the cosine counts from step 0; it begins where the warm-up ends":
+            torch.tensor([curve(step, 10, 100) if step < 10 else (1 + math.cos(math.pi * step / 100)) / 2
+                          for step in steps]),
+        "there is no warm-up": torch.tensor([(1 + math.cos(math.pi * step / 100)) / 2 for step in steps]),
+    })
+
+
+def check_average(average):
+    """average(old, weights, decay): the moving average after one more step."""
+    old, weights = _random(5), _random(5, seed=1)
+    compare(average(old, weights, 0.9), 0.9 * old + 0.1 * weights, {
+        "the weights have changed places: the decay is the share that stays": 0.1 * old + 0.9 * weights,
+        "the new weights are added without their share": 0.9 * old + weights,
+        "that is a plain mean of the two": (old + weights) / 2,
+    })
+
+
+def check_drop_rates(rates):
+    """rates(depth, last): drop path's rate of each block, rising linearly from 0 to last."""
+    found = torch.as_tensor([float(rate) for rate in rates(6, 0.25)])
+    compare(found, torch.linspace(0, 0.25, 6), {
+        "every block has the same rate; the first ones matter most and must not be dropped": torch.full((6,), 0.25),
+        "the last block does not reach the rate: divide by depth - 1": 0.25 * torch.arange(6) / 6,
+        "the first block has a rate above zero": 0.25 * torch.arange(1, 7) / 6,
+        "the rates fall; they must rise": torch.linspace(0.25, 0, 6),
+    })

@@ -75,6 +75,8 @@ class PackedLabels:
             facts = json.loads((folder / cls.FACTS).read_text())
             if not {"annotator", "size", "classes", "shape", "done", "skipped"} <= facts.keys():
                 raise ValueError(f"{cls.FACTS} holds {', '.join(facts) or 'nothing'}")
+            if not all(isinstance(number, int) for number in (facts["done"], *facts["shape"])):
+                raise ValueError(f"{cls.FACTS} holds the shape {facts['shape']}")
             return facts, cls.unpack((folder / cls.NAMES).read_bytes())
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None

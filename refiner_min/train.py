@@ -128,8 +128,9 @@ class DigitScenes(Recipe):
     """python -m refiner_min.train --subset digit-scenes
 
     Scenes of up to four of the digits, 32 px in 64 patches whose labels are known; 10,000 new ones an epoch, 1,000 to
-    validate. The patch tokens' loss weighs eight times what is published: with 0.5 they end up naming the largest digit
-    wherever they are, because the class token's loss falls sooner.
+    validate. On two cores of an AMD EPYC with bf16: about 2 minutes, 95.6 % of the pictures, 84.7 % of the tokens (mean
+    of three seeds; notebooks/results/digit-scenes-cpu-tokens-seed*.json). The patch tokens' loss weighs eight times
+    what is published: with 0.5, tokens had by then hardly begun to name their own digit.
     """
 
     img_size: int = 32

@@ -1,0 +1,20 @@
+"""Lets `pytest --nbval notebooks/` run without further flags: from this folder, from notebooks/, and with -n 2 --dist
+loadscope."""
+
+import os
+from pathlib import Path
+
+ROOT = str(Path(__file__).parent)
+
+
+def pytest_configure(config):
+    if getattr(config.option, "nbval", False) or getattr(config.option, "nbval_lax", False):
+        paths = [ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # pytest's does not reach a kernel
+        config.option.nbval_current_env = True  # the kernel of this environment, whatever a notebook's is called
+        config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 120)  # seconds; 2000 hides a hang
+
+
+def pytest_collectstart(collector):
+    if hasattr(collector, "skip_compare"):  # a notebook: warnings hold paths, and name no result
+        collector.skip_compare += ("stderr",)
