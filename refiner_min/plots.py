@@ -135,7 +135,7 @@ def pictures(images, titles: list[str], columns: int = 8, boxes=None) -> Figure:
 
 def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", around_zero: bool = False) -> Figure:
     """Matrices side by side, on one scale: what a map says, or, around zero, what is negative in it."""
-    figure, grid = _grid(len(maps), columns, 2.2)
+    figure, grid = _grid(len(maps), columns, 2.2 if len(maps) > 3 else 3.2)
     top = max(float(values.abs().max()) for values in maps)
     for axes, values, title in zip(grid, maps, titles):
         shown = axes.imshow(values.numpy(), cmap="PuOr" if around_zero else "viridis", vmin=-top if around_zero else 0,

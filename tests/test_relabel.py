@@ -17,6 +17,7 @@ from refiner_min import UserError, relabel
 from refiner_min.model import RefinerOutput, swap_tokens
 from refiner_min.relabel import LabelMap, Labels, TokenLabelLoss, pool_label_map
 from tests.pictures import CLASSES, pack_labels, random_labels
+from tests.test_checkpoint import RunsCode
 from tests.test_model import assert_close, golden, golden_model, with_prefix
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,6 +404,15 @@ def test_a_store_that_lost_its_end(store):
     os.truncate(store / "ids.i16", 100)
     with pytest.raises(UserError, match="damaged store of label maps .ids.i16 is shorter than the 256 bytes"):
         relabel.open_labels(store, list(CLASSES))
+
+
+def test_a_published_map_that_runs_code_does_not(files, tmp_path):
+    labels, proof = relabel.open_labels(files, list(CLASSES)), tmp_path / "proof"
+    keys = labels.find(NAMES)
+    torch.save(RunsCode(proof), files / f"{NAMES[1]}.pt")
+    with pytest.raises(UserError, match="b.pt is no label map"):
+        labels.read(keys)
+    assert not proof.exists()
 
 
 def test_published_maps_of_other_classes_are_told_at_once(files):

@@ -471,6 +471,16 @@ def test_digit_scenes(capsys):
     assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
 
 
+def test_tokens_without_a_label_do_not_count():
+    """A model that calls every token a 0 is right where a 0 is, and nowhere else."""
+    arguments = ["--subset", "digit-scenes", "--ema", "0"]
+    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    with torch.no_grad():
+        run.model.token_head.bias[0] = 100
+    tokens = next(run.subset.val.epoch(torch.arange(1000), 1000)).token_labels.sum(dim=(0, 1))  # of each digit
+    assert run.evaluate().token_accuracy == pytest.approx((tokens[0] / tokens.sum()).item())
+
+
 @pytest.mark.parametrize("flags, tokens", [
     ([], True), (["--no-token-labels"], False), (["--dense-weight", "0"], False)])
 def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
