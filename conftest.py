@@ -12,7 +12,9 @@ def pytest_configure(config):
         paths = [ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # pytest's does not reach a kernel
         config.option.nbval_current_env = True  # the kernel of this environment, whatever a notebook's is called
-        config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 120)  # seconds; 2000 hides a hang
+        config.option.nbval_cell_timeout = min(config.option.nbval_cell_timeout, 300)  # seconds; 2000 hides a hang
+        if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several kernels on the same cores wait for each other
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collectstart(collector):
