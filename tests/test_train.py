@@ -39,6 +39,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.compiler.reset()  # what other tests compiled does not count towards the limit of recompilations
 
 
 def small(pictures, *flags) -> list[str]:
