@@ -86,6 +86,7 @@ class MemorySplit:
     names: list[str] = field(default_factory=list)  # CLASS/STEM of each; a built-in set has none
     maps: tuple | None = None  # the label maps and each picture's key in them; they are read batch by batch
     cropped = False  # the pictures of a batch are whole
+    note = ""  # what a run says of such a set
 
     def __len__(self):
         return len(self.labels)
@@ -115,6 +116,7 @@ class StreamSplit:
     """
 
     cropped = True  # by the transform: the pictures of a batch are as large as the images
+    note = ", streamed (--turn and --colour are for decoded sets)"
 
     def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
                  maps: tuple | None = None):
@@ -377,6 +379,7 @@ class SceneSplit:
     DIGITS, TRIES = 4, 16  # a digit that finds no room in so many tries is left out
     LARGEST, OTHERS = (0.4, 0.5), (0.5, 0.8)  # side of the largest digit over the scene's; of the others over that one
     cropped = True
+    note = ", new ones in every epoch (--crop-*, --flip, --turn and --colour are for photographs)"
 
     def __init__(self, images, labels, count: int, size: int, grid: int, seed: int):
         self.images, self.labels = images, labels  # (n, 1, 8, 8) from 0 to 255, (n,)

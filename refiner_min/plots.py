@@ -99,12 +99,9 @@ def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> F
     seen = torch.bincount(likeliest[sure > 0].flatten(), minlength=labels.shape[2]).argsort(descending=True)
     colours = {int(index): colour for index, colour in zip(seen, CATEGORIES)}
     side = round(labels.shape[1] ** 0.5)
-    columns = min(len(pictures), 4)
-    rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows + 0.6), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, picture, classes, strength, title in zip(figure.axes, pictures, likeliest, sure, titles):
+    figure, grid = _grid(len(pictures), 4, 2.6)
+    figure.set_figheight(figure.get_figheight() + 0.7)  # for the legend
+    for axes, picture, classes, strength, title in zip(grid, pictures, likeliest, sure, titles):
         axes.imshow(picture, cmap="gray", extent=(0, side, side, 0))
         overlay = [to_rgba(colours.get(int(index), OTHER), 0.75 * float(value))
                    for index, value in zip(classes, strength)]

@@ -723,11 +723,8 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     if dist.is_initialized() and not local_rank:
         dist.barrier()
     if main:
-        streamed = {data.StreamSplit: ", streamed (--turn and --colour are for decoded sets)",
-                    data.SceneSplit: ", new ones in every epoch (--crop-*, --flip, --turn and --colour are for "
-                                     "photographs)"}.get(type(subset.train), "")
         print(f"{len(subset.train):,} pictures to train on, {len(subset.val):,} to validate, {len(subset.classes)} "
-              f"classes{streamed}")
+              f"classes{subset.train.note}")
         if subset.annotator:
             print(f"labels of the training pictures and their patches: {subset.annotator}")
     return subset

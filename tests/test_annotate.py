@@ -57,16 +57,20 @@ def test_lite0_at_every_position_averages_to_its_answer():
     torch.testing.assert_close(logits.mean(dim=(1, 2)), expected, atol=1e-4, rtol=1e-4)
 
 
+def answer_and_map(name: str, size: int):
+    """What an untrained network of torchvision says of two noise images, and its logits at every position."""
+    torch.manual_seed(0)
+    network, images = get_model(name, weights=None).eval(), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        answer = network(images)
+        return answer, annotate.Annotator(annotate.without_pooling(network), [0.0] * 3, [1.0] * 3)(images)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenet_v2", "mnasnet0_5", "shufflenet_v2_x0_5",
                                   "densenet121"])
 def test_torchvision_at_every_position_averages_to_its_answer(name):
     """Pooled by a module, a function or a method."""
-    torch.manual_seed(0)
-    network = get_model(name, weights=None).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = network(images)
-        logits = annotate.Annotator(annotate.without_pooling(network), [0.0] * 3, [1.0] * 3)(images)
+    expected, logits = answer_and_map(name, 64)
     assert logits.shape == (2, 2, 2, 1000)
     torch.testing.assert_close(logits.mean(dim=(1, 2)), expected, atol=1e-4, rtol=1e-4)
 
@@ -74,12 +78,7 @@ def test_torchvision_at_every_position_averages_to_its_answer(name):
 @pytest.mark.parametrize("name", ["convnext_tiny", "swin_t", "mobilenet_v3_small", "regnet_x_400mf"])
 def test_all_that_follows_the_pooling_is_at_every_position(name):
     """Of a picture with one position, the map is the network's answer, norms and further layers included."""
-    torch.manual_seed(0)
-    network = get_model(name, weights=None).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = network(images)
-        logits = annotate.Annotator(annotate.without_pooling(network), [0.0] * 3, [1.0] * 3)(images)
+    expected, logits = answer_and_map(name, 32)
     torch.testing.assert_close(logits[:, 0, 0], expected, atol=1e-4, rtol=1e-4)
 
 
