@@ -30,16 +30,13 @@ def training_curves(history: list[dict], title: str) -> Figure:
     epochs = [row["epoch"] for row in history]
     loss.plot(epochs, [row["train_loss"] for row in history], color=BLUE, marker=".", label="training")
     loss.plot(epochs, [row["val_loss"] for row in history], color=ORANGE, marker=".", label="validation")
-    loss.set(xlabel="epoch", ylabel="cross-entropy a picture (nats)", ylim=(0, None))
+    loss.set(xlabel="epoch", ylabel="loss a picture (nats)", ylim=(0, None))  # training's with the patch tokens' part
     loss.legend(frameon=False)
     for name, label, color in (("val_accuracy", "pictures", ORANGE), ("val_token_accuracy", "patch tokens", BLUE)):
         if name in history[0]:
             values = [100 * row[name] for row in history]
-            accuracy.plot(epochs, values, color=color, marker=".", label=label)
-            accuracy.annotate(f"{values[-1]:.1f} %", (epochs[-1], values[-1]), xytext=(0, -12),
-                              textcoords="offset points", ha="right", va="top")
-    if len(accuracy.lines) > 1:
-        accuracy.legend(frameon=False)
+            accuracy.plot(epochs, values, color=color, marker=".", label=f"{label}, {values[-1]:.1f} % at the end")
+    accuracy.legend(frameon=False, loc="lower right")
     accuracy.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 101))
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)

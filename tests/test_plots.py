@@ -24,7 +24,8 @@ def test_training_curves_of_tokens_too():
     history = [row | {"val_token_accuracy": 0.1 * row["epoch"]} for row in HISTORY]
     accuracy = plots.training_curves(history, "a title").axes[1]
     assert list(accuracy.lines[1].get_ydata()) == pytest.approx([10, 20, 30])
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["pictures", "patch tokens"]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == [
+        "pictures, 83.3 % at the end", "patch tokens, 30.0 % at the end"]
 
 
 def test_label_maps():
