@@ -29,7 +29,7 @@ def test_environment_has_what_pyproject_asks_for():
     asked = project["dependencies"] + extras["notebooks"] + extras["test"]
     conda, pip = (ROOT / "environment.yml").read_text().split("dependencies:")[1].split("- pip:")
     there = re.findall(r"^  - (.+)$", conda, re.MULTILINE)
-    assert pip.split() == ["-", "-e", ".[teacher]"]
+    assert pip.split() == ["-", "-e", ".[browser,teacher]"]
     assert {package_name(line) for line in there} == {
         "python", "pip", *(package_name(line).replace("torch", "pytorch") if line.startswith("torch>") else
                            package_name(line) for line in asked)}
@@ -37,7 +37,7 @@ def test_environment_has_what_pyproject_asks_for():
     bounds = {line.replace("torch", "pytorch", 1) if line.startswith("torch>") else line
               for line in asked if ">" in line}
     assert bounds <= set(there)
-    assert extras.keys() == {"notebooks", "test", "teacher"}
+    assert extras.keys() == {"notebooks", "test", "browser", "teacher"}
 
 
 def test_version():
@@ -47,8 +47,8 @@ def test_version():
 def test_readme_has_two_commands_and_ci_runs_the_second():
     commands = re.findall(r"^python3 -m venv .+$", README, re.MULTILINE)
     assert len(commands) == 2
-    assert commands[0].endswith("-m refiner_min.train") and commands[1].endswith("-m pytest")
-    assert "grep -m1 '^python3 -m venv .* -m pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
+    assert commands[0].endswith("-m refiner_min.train") and commands[1].endswith("-m pytest --nbval")
+    assert "grep -m1 '^python3 -m venv .* -m pytest --nbval$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_links_of_the_readme_resolve():
