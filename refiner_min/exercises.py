@@ -29,6 +29,14 @@ def solution_of(stub):
     return lambda solution: solution if steps(stub) == steps(empty) else stub
 
 
+def answer(function, *inputs):
+    """What the reader's function returns for copies of the inputs, which it may change. WrongAnswer: nothing."""
+    found = function(*(value.clone() if isinstance(value, torch.Tensor) else value for value in inputs))
+    if found is None:
+        raise WrongAnswer("it returned nothing: does it end with a return?")
+    return found
+
+
 def compare(found, expected, faults: dict):
     """Say that found is right. WrongAnswer: it is not; faults: what typical mistakes give, by the sentence that names
     them."""
@@ -39,13 +47,17 @@ def compare(found, expected, faults: dict):
 def compare_quietly(found, expected, faults: dict):
     if not isinstance(found, torch.Tensor):
         raise WrongAnswer(f"it returned {found!r}, not a tensor")
-    if found.shape != expected.shape:
-        raise WrongAnswer(f"it returned the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-    if torch.allclose(found.to(expected), expected, atol=1e-5, rtol=1e-4):
+
+    def is_like(tensor):
+        return found.shape == tensor.shape and torch.allclose(found.to(tensor), tensor, atol=1e-5, rtol=1e-4)
+
+    if is_like(expected):
         return
     for sentence, wrong in faults.items():
-        if wrong.shape == found.shape and torch.allclose(found.to(expected), wrong, atol=1e-5, rtol=1e-4):
+        if is_like(wrong):
             raise WrongAnswer(sentence)
+    if found.shape != expected.shape:
+        raise WrongAnswer(f"it returned the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
     raise WrongAnswer(f"its numbers differ from the right ones by up to {(found - expected).abs().max():.2g}")
 
 
@@ -61,7 +73,7 @@ def check_attention(attention):
     """attention(q, k, v): (N, C) each -> (N, C)."""
     q, k, v = (_random(5, 4, seed=seed) for seed in range(3))
     scores = q @ k.T / 2
-    compare(attention(q, k, v), scores.softmax(dim=1) @ v, {
+    compare(answer(attention, q, k, v), scores.softmax(dim=1) @ v, {
         "the scores are not divided by the root of the number of channels": (2 * scores).softmax(dim=1) @ v,
         "the scores are divided by the number of channels, not by its root": (scores / 2).softmax(dim=1) @ v,
         "the softmax runs over the queries (a column); each query's weights, a row, must sum to one":
@@ -75,7 +87,7 @@ def check_split_heads(split_heads):
     """split_heads(x, heads): (B, N, C) -> (B, H, N, C/H)."""
     x = _random(2, 5, 12)
     right = x.unflatten(2, (3, 4)).transpose(1, 2)
-    compare(split_heads(x, 3), right, {
+    compare(answer(split_heads, x, 3), right, {
         "the channels of a head are not neighbours: split C into (H, C/H), not into (C/H, H)":
             x.unflatten(2, (4, 3)).permute(0, 3, 1, 2),
         "tokens and channels are mixed up: a reshape straight to (B, H, N, C/H) cuts across tokens; split C first, "
@@ -90,7 +102,7 @@ def check_map_similarity(similarity):
     cosines = unit @ unit.transpose(1, 2)  # (B, H, H)
     others = ~torch.eye(4, dtype=torch.bool)
     across = F.normalize(maps.flatten(1), dim=1)
-    compare(torch.as_tensor(similarity(maps)), cosines[:, others].mean(), {
+    compare(torch.as_tensor(answer(similarity, maps)), cosines[:, others].mean(), {
         "each head is compared with itself too, which is always one: leave the diagonal out": cosines.mean(),
         "whole pictures are compared, not heads": (across @ across.T)[~torch.eye(3, dtype=torch.bool)].mean(),
         "the maps are not scaled to length one": (maps.flatten(2) @ maps.flatten(2).transpose(1, 2))[:, others].mean(),
@@ -104,7 +116,7 @@ def check_map_similarity(similarity):
 def check_expand(expand):
     """expand(maps, weight): (B, H, N, N) and (E, H) -> (B, E, N, N)."""
     maps, weight = _random(2, 3, 4, 4).softmax(dim=3), _random(6, 3, seed=1)
-    compare(expand(maps, weight), torch.einsum("eh,bhij->beij", weight, maps), {
+    compare(answer(expand, maps, weight), torch.einsum("eh,bhij->beij", weight, maps), {
         "queries and keys of the maps have changed places": torch.einsum("eh,bhij->beji", weight, maps),
         "the weights are turned into shares by a softmax; they are free numbers":
             torch.einsum("eh,bhij->beij", weight.softmax(dim=1), maps),
@@ -121,7 +133,7 @@ def check_parameters(parameters):
         return weights + (2 * (2 * expanded + heads) if norms else 0) + (2 * heads if norms and last else 0)
 
     cases = [(12, 3, 3), (4, 3, 3), (16, 2, 5)]
-    compare(torch.tensor([float(parameters(*case)) for case in cases]),
+    compare(torch.tensor([float(answer(parameters, *case)) for case in cases]),
             torch.tensor([float(count(*case)) for case in cases]), {
         sentence: torch.tensor([float(count(*case, **without)) for case in cases]) for sentence, without in (
             ("the BatchNorms are missing: a weight and a bias for each of their maps", dict(norms=False)),
@@ -133,11 +145,10 @@ def check_parameters(parameters):
 def check_collapse(collapse):
     """collapse(expansion, reduction): (E, H) and (H, E) -> (H, H)."""
     expansion, reduction = _random(8, 4), _random(4, 8, seed=1)
-    compare(collapse(expansion, reduction), reduction @ expansion, {
-        "that is expansion after reduction, an (E, E) matrix's corner: the expansion comes first, so it stands right":
-            (expansion @ reduction)[:4, :4],
+    compare(answer(collapse, expansion, reduction), reduction @ expansion, {
+        "that is an expansion after a reduction, (E, E): what is applied first stands on the right":
+            expansion @ reduction,
         "it is transposed": (reduction @ expansion).T,
-        "the two are added, not applied one after the other": reduction + expansion.T,
     })
 
 
@@ -147,15 +158,16 @@ def check_collapse(collapse):
 
 def check_convolve(convolve):
     """convolve(maps, kernels): (B, H, N, N) and (H, k, k) -> (B, H, N, N)."""
-    maps, kernels = _random(2, 3, 5, 5).softmax(dim=3), _random(3, 3, 3, seed=1)
-    right = F.conv2d(maps, kernels[:, None], padding=1, groups=3)
-    same = F.conv2d(maps, kernels[:1, None].expand(3, -1, -1, -1), padding=1, groups=3)
-    mixed = F.conv2d(maps, kernels[None].expand(3, -1, -1, -1), padding=1)
-    compare(convolve(maps, kernels), right, {
+    maps, kernels = _random(2, 3, 7, 7).softmax(dim=3), _random(3, 5, 5, seed=1)
+    right = F.conv2d(maps, kernels[:, None], padding=2, groups=3)
+    same = F.conv2d(maps, kernels[:1, None].expand(3, -1, -1, -1), padding=2, groups=3)
+    mixed = F.conv2d(maps, kernels[None].expand(3, -1, -1, -1), padding=2)
+    compare(answer(convolve, maps, kernels), right, {
         "every head is convolved with the kernel of the first": same,
         "the heads are mixed: a kernel a head means groups=heads": mixed,
         "the kernel is turned round: deep learning's convolution is a correlation":
-            F.conv2d(maps, kernels.flip(1, 2)[:, None], padding=1, groups=3),
+            F.conv2d(maps, kernels.flip(1, 2)[:, None], padding=2, groups=3),
+        "the maps have shrunk: pad by k // 2": F.conv2d(maps, kernels[:, None], groups=3),
     })
 
 
@@ -168,9 +180,9 @@ def check_shift_rows(shift):
         keep = (torch.arange(5) + offset >= 0) & (torch.arange(5) + offset < 5)
         return rolled if wrap else rolled * (keep[:, None] if dim == 0 else keep)
 
-    for offset in (-1, 0, 1):
+    for offset in (-1, 0, 2):
         try:
-            compare_quietly(shift(values, offset), moved(values, offset), {
+            compare_quietly(answer(shift, values, offset), moved(values, offset), {
                 "the rows are moved the other way": moved(values, -offset),
                 "columns are moved, not rows": moved(values, offset, dim=1),
                 "rows that leave at one end come back at the other, where there must be zeros":
@@ -194,9 +206,11 @@ def check_effective_window(window):
                 if 0 <= r < grid and 0 <= c < grid}
 
     for case in ((6, 4, 3), (4, 4, 3), (1, 4, 3), (16, 4, 5)):
-        found = {tuple(place) for place in window(*case)}
+        found = {tuple(place) for place in answer(window, *case)}
         if found == by_index(*case):
             continue
+        if (-1, case[1] - 1) in found:
+            raise WrongAnswer("row -1 is not on the grid: token 0 is the class token; leave it out")
         if found == around(*case):
             raise WrongAnswer("that is a window on the grid; the kernel runs along the row of tokens only")
         if found == {place for place in by_index(*case) if place[0] == (case[0] - 1) // case[1]}:
@@ -215,7 +229,7 @@ def check_spread_out(spread_out):
     scores = _random(2, 6, 3, 4)
     logits, ids = scores.topk(3, dim=1)
     right = torch.zeros(2, 6, 3, 4).scatter(1, ids, logits)
-    compare(spread_out(logits, ids, 6), right, {
+    compare(answer(spread_out, logits, ids, 6), right, {
         "the classes that are left out are -inf; the published code, and ours, count them as logit 0":
             torch.full((2, 6, 3, 4), -torch.inf).scatter(1, ids, logits),
         "there is a softmax already; it comes after the pooling": right.softmax(dim=1),
@@ -227,7 +241,7 @@ def check_compose(compose):
     """compose(outer, inner): boxes (4,) x1, y1, x2, y2; inner in fractions of outer -> in those of the whole."""
     outer, inner = torch.tensor([0.2, 0.1, 0.8, 0.5]), torch.tensor([0.5, 0.25, 1.0, 0.75])
     sides, swapped = (outer[2:] - outer[:2]).repeat(2), (outer[2:] - outer[:2]).flip(0).repeat(2)
-    compare(compose(outer, inner), outer[:2].repeat(2) + inner * sides, {
+    compare(answer(compose, outer, inner), outer[:2].repeat(2) + inner * sides, {
         "the inner box is scaled but not moved: it starts at the outer one's corner": inner * sides,
         "the inner box is moved but not scaled": outer[:2].repeat(2) + inner,
         "width and height have changed places": outer[:2].repeat(2) + inner * swapped,
@@ -235,11 +249,25 @@ def check_compose(compose):
     })
 
 
+def check_mirror_overlap(overlap):
+    """overlap(box): box (4,) x1, y1, x2, y2 -> intersection over union with its mirror image across the diagonal."""
+    boxes = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 0.5], [0.4, 0.0, 1.0, 0.5], [0.6, 0.0, 0.9, 0.2]])
+    x1, y1, x2, y2 = boxes.T
+    area, side = (x2 - x1) * (y2 - y1), torch.minimum(x2, y2) - torch.maximum(x1, y1)
+    met = side.clamp(min=0) ** 2
+    compare(torch.stack([torch.as_tensor(answer(overlap, box)) for box in boxes]), met / (2 * area - met), {
+        "boxes that do not meet have an intersection too: a side below zero counts as zero":
+            side**2 / (2 * area - side**2),
+        "the sum of the areas is no union: what both cover is counted twice in it": met / (2 * area),
+        "the intersection is divided by the box's own area, not by the union": met / area,
+    })
+
+
 def check_mixed_label(mixed_label):
     """mixed_label(labels, box, grid): (B, K) and MixToken's box -> the labels of the mixed pictures, (B, K)."""
     labels, box = F.one_hot(torch.tensor([0, 2, 1, 4]), 5).float(), (1, 0, 4, 2)
     share = 6 / 16
-    compare(mixed_label(labels, box, 4), (1 - share) * labels + share * labels.flip(0), {
+    compare(answer(mixed_label, labels, box, 4), (1 - share) * labels + share * labels.flip(0), {
         "own and partner have changed places: the box's share is the partner's":
             share * labels + (1 - share) * labels.flip(0),
         "the partner is the picture at the other end of the batch: flip(0), not the next one":
@@ -262,7 +290,7 @@ def check_schedule(rate):
 
     steps = [0, 3, 9, 10, 11, 35, 60, 99]
     right = torch.tensor([curve(step, 10, 100) for step in steps])
-    compare(torch.tensor([float(rate(step, 10, 100)) for step in steps]), right, {
+    compare(torch.tensor([float(answer(rate, step, 10, 100)) for step in steps]), right, {
         "step 0 does nothing: begin at 1 / (warmup + 1)":
             torch.tensor([curve(step, 10, 100, late=1) for step in steps]),
         "the cosine runs a whole turn and climbs again; half a turn ends at zero":
@@ -277,7 +305,7 @@ def check_schedule(rate):
 def check_average(average):
     """average(old, weights, decay): the moving average after one more step."""
     old, weights = _random(5), _random(5, seed=1)
-    compare(average(old, weights, 0.9), 0.9 * old + 0.1 * weights, {
+    compare(answer(average, old, weights, 0.9), 0.9 * old + 0.1 * weights, {
         "the weights have changed places: the decay is the share that stays": 0.1 * old + 0.9 * weights,
         "the new weights are added without their share": 0.9 * old + weights,
         "that is a plain mean of the two": (old + weights) / 2,
@@ -286,7 +314,7 @@ def check_average(average):
 
 def check_drop_rates(rates):
     """rates(depth, last): drop path's rate of each block, rising linearly from 0 to last."""
-    found = torch.as_tensor([float(rate) for rate in rates(6, 0.25)])
+    found = torch.as_tensor([float(rate) for rate in answer(rates, 6, 0.25)])
     compare(found, torch.linspace(0, 0.25, 6), {
         "every block has the same rate; the first ones matter most and must not be dropped": torch.full((6,), 0.25),
         "the last block does not reach the rate: divide by depth - 1": 0.25 * torch.arange(6) / 6,

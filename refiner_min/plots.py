@@ -1,11 +1,14 @@
 """Every picture that a command or a notebook draws: numbers in, a matplotlib Figure out. It imports no other module
 of the package. The colours are told apart by colour-blind eyes too."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from refiner_min import replacing
 
@@ -89,12 +92,14 @@ def _overlay(axes, image, attention):
 def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> Figure:
     """Pictures (S, S, 3) with the likeliest class of each token as a colour over them, the surer the stronger.
 
-    labels (n, T, K): probabilities, all zero where a token has no label. The colours go to the classes that are seen
-    most; others are pale grey.
+    labels (n, T, K): probabilities, all zero where a token has no label. Up to ten classes have the same colours in
+    every picture; of more, those that are seen most have one, and others are pale grey.
     """
     sure, likeliest = labels.max(dim=2)  # (n, T)
-    seen = torch.bincount(likeliest[sure > 0].flatten(), minlength=labels.shape[2]).argsort(descending=True)
-    colours = {int(index): colour for index, colour in zip(seen, CATEGORIES)}
+    order = torch.arange(labels.shape[2])
+    if len(order) > len(CATEGORIES):
+        order = torch.bincount(likeliest[sure > 0].flatten(), minlength=len(order)).argsort(descending=True)
+    colours = {int(index): colour for index, colour in zip(order, CATEGORIES)}
     side = round(labels.shape[1] ** 0.5)
     figure, grid = _grid(len(pictures), 4, 2.6)
     figure.set_figheight(figure.get_figheight() + 0.7)  # for the legend
@@ -127,11 +132,18 @@ def pictures(images, titles: list[str], columns: int = 8, boxes=None) -> Figure:
     return figure
 
 
-def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", around_zero: bool = False) -> Figure:
+def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", around_zero: bool = False,
+             xlabel: str = "key", ylabel: str = "query") -> Figure:
     """Matrices side by side, on one scale: what a map says, or, around zero, what is negative in it."""
     figure, grid = _grid(len(maps), columns, 2.2 if len(maps) > 3 else 3.2)
     top = max(float(values.abs().max()) for values in maps)
-    for axes, values, title in zip(grid, maps, titles):
+    for index, (axes, values, title) in enumerate(zip(grid, maps, titles)):
+        axes.axis("on")
+        axes.tick_params(labelsize="x-small")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.set_xlabel(xlabel if index >= len(maps) - columns else "", fontsize="small")  # below the last row
+        axes.set_ylabel(ylabel if index % columns == 0 else "", fontsize="small")  # beside the first column
         shown = axes.imshow(values.numpy(), cmap="PuOr" if around_zero else "viridis", vmin=-top if around_zero else 0,
                             vmax=top)
         axes.set_title(title, fontsize="small")
@@ -149,6 +161,42 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         axes.legend(frameon=False)
+    return figure
+
+
+def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Figure:
+    """Bars by their names, {name: heights}, in as many groups as there are names below them."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for index, ((name, heights), colour) in enumerate(zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]))):
+        left = (index - (len(series) - 1) / 2) * width
+        drawn = axes.bar([place + left for place in range(len(names))], heights, 0.9 * width, color=colour, label=name)
+        axes.bar_label(drawn, fmt="%.0f")
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel=ylabel, **limits)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
+    return figure
+
+
+def sampling(picture, box, cells: int, tokens: int) -> Figure:
+    """Where RoIAlign reads a map of cells x cells over its picture (S, S), for the tokens x tokens squares of a box
+    (x1, y1, x2, y2 as fractions): as many points a square as it is cells wide and high, rounded up."""
+    figure = Figure(figsize=(4.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(picture, cmap="gray", extent=(0, cells, cells, 0))
+    axes.set(xlabel="cell", ylabel="cell", xticks=range(cells + 1), yticks=range(cells + 1))
+    axes.grid(color=OTHER, alpha=0.5)
+    x1, y1, x2, y2 = (cells * float(side) for side in box)
+    points = [[start + (end - start) * (index + 0.5) / count for index in range(count)] for start, end, count in
+              ((start, end, tokens * math.ceil((end - start) / tokens)) for start, end in ((x1, x2), (y1, y2)))]
+    for index in range(tokens + 1):
+        x, y = x1 + (x2 - x1) * index / tokens, y1 + (y2 - y1) * index / tokens
+        axes.plot([x, x], [y1, y2], color=ORANGE, linewidth=2)
+        axes.plot([x1, x2], [y, y], color=ORANGE, linewidth=2)
+    axes.plot(*zip(*((x, y) for y in points[1] for x in points[0])), "o", color=CATEGORIES[0], markersize=4)
     return figure
 
 

@@ -48,6 +48,13 @@ def mixed_label(labels, box, grid, share=None):
     return (1 - share) * labels + share * labels.flip(0)
 
 
+def mirror_overlap(box, clamp=True, union=True):
+    x1, y1, x2, y2 = box.tolist()
+    side = min(x2, y2) - max(x1, y1)
+    met = max(side, 0) ** 2 if clamp else side**2
+    return met / (2 * (x2 - x1) * (y2 - y1) - (met if union else 0))
+
+
 def spread_out(logits, ids, count):
     return torch.zeros(logits.shape[0], count, *logits.shape[2:]).scatter(1, ids, logits)
 
@@ -65,11 +72,13 @@ RIGHT = {
     "expand": lambda maps, weight: torch.einsum("eh,bhij->beij", weight, maps),
     "parameters": parameters,
     "collapse": lambda expansion, reduction: reduction @ expansion,
-    "convolve": lambda maps, kernels: F.conv2d(maps, kernels[:, None], padding=1, groups=len(kernels)),
+    "convolve": lambda maps, kernels: F.conv2d(maps, kernels[:, None], padding=kernels.shape[1] // 2,
+                                              groups=len(kernels)),
     "shift_rows": shift,
     "effective_window": window,
     "spread_out": spread_out,
     "compose": lambda outer, inner: outer[:2].repeat(2) + inner * (outer[2:] - outer[:2]).repeat(2),
+    "mirror_overlap": mirror_overlap,
     "mixed_label": mixed_label,
     "schedule": schedule,
     "average": lambda old, weights, decay: decay * old + (1 - decay) * weights,
@@ -82,7 +91,8 @@ WRONG = [
     ("split_heads", lambda x, heads: x.reshape(len(x), heads, x.shape[1], -1), "a reshape straight to"),
     ("split_heads", lambda x, heads: x.unflatten(2, (-1, heads)).permute(0, 3, 1, 2), "split C into .H, C/H."),
     ("split_heads", lambda x, heads: x, "the shape .2, 5, 12., not .2, 3, 5, 4."),
-    ("split_heads", lambda x, heads: None, "returned None, not a tensor"),
+    ("split_heads", lambda x, heads: None, "does it end with a return"),
+    ("split_heads", lambda x, heads: 3, "returned 3, not a tensor"),
     ("map_similarity", lambda maps: (F.normalize(maps.flatten(2), dim=2) @ F.normalize(
         maps.flatten(2), dim=2).transpose(1, 2)).mean(), "compared with itself"),
     ("map_similarity", lambda maps: torch.tensor(0.5), "its numbers differ"),
@@ -91,21 +101,27 @@ WRONG = [
     ("parameters", lambda h, r, k: 2 * r * h * h + r * h * k**2, "the BatchNorms are missing"),
     ("parameters", lambda h, r, k: parameters(h, r, k) - 2 * h, "after the skip is missing"),
     ("collapse", lambda expansion, reduction: (reduction @ expansion).T, "transposed"),
-    ("collapse", lambda expansion, reduction: expansion @ reduction, "the shape .8, 8., not .4, 4."),
-    ("convolve", lambda maps, kernels: F.conv2d(maps, kernels[:1, None].expand(3, -1, -1, -1), padding=1, groups=3),
+    ("collapse", lambda expansion, reduction: expansion @ reduction, "what is applied first stands on the right"),
+    ("collapse", lambda expansion, reduction: expansion.T + reduction, "the shape .4, 8., not .4, 4."),
+    ("convolve", lambda maps, kernels: F.conv2d(maps, kernels[:1, None].expand(3, -1, -1, -1), padding=2, groups=3),
      "the kernel of the first"),
-    ("convolve", lambda maps, kernels: F.conv2d(maps, kernels.flip(1, 2)[:, None], padding=1, groups=3),
+    ("convolve", lambda maps, kernels: F.conv2d(maps, kernels.flip(1, 2)[:, None], padding=2, groups=3),
      "turned round"),
+    ("convolve", lambda maps, kernels: F.conv2d(maps, kernels[:, None], padding=1, groups=3), "the shape .2, 3, 5, 5."),
     ("shift_rows", lambda x, offset: shift(x, -offset), "with offset -1, the rows are moved the other way"),
     ("shift_rows", lambda x, offset: x.roll(-offset, 0), "come back at the other"),
     ("effective_window", window_on_the_grid, "a window on the grid"),
     ("effective_window", lambda token, grid, kernel: {place for place in window(token, grid, kernel)
                                                       if place[0] == (token - 1) // grid}, "a row's end is no wall"),
     ("effective_window", lambda token, grid, kernel: [], "for token 6 of a grid of 4"),
+    ("effective_window", lambda token, grid, kernel: [divmod(index - 1, grid) for index in range(
+        token - kernel // 2, token + kernel // 2 + 1) if index <= grid**2], "token 0 is the class token"),
     ("spread_out", lambda logits, ids, count: spread_out(logits, ids, count).softmax(dim=1), "a softmax already"),
     ("spread_out", lambda logits, ids, count: F.pad(logits, (0, 0, 0, 0, 0, 3)), "in the order of their rank"),
     ("compose", lambda outer, inner: inner * (outer[2:] - outer[:2]).repeat(2), "scaled but not moved"),
     ("compose", lambda outer, inner: outer * inner, "multiplied"),
+    ("mirror_overlap", lambda box: mirror_overlap(box, clamp=False), "do not meet"),
+    ("mirror_overlap", lambda box: mirror_overlap(box, union=False), "is no union"),
     ("mixed_label", lambda labels, box, grid: mixed_label(labels, box, grid, 1 - 6 / 16), "own and partner"),
     ("mixed_label", lambda labels, box, grid: labels, "are not mixed"),
     ("schedule", lambda step, warmup, total: step / warmup if step < warmup else schedule(step, warmup, total),
@@ -122,6 +138,12 @@ WRONG = [
 def test_a_right_answer_is_taken(name, capsys):
     getattr(exercises, f"check_{name}")(RIGHT[name])
     assert capsys.readouterr().out == "right\n"
+
+
+def test_an_answer_may_work_in_place(capsys):
+    exercises.check_average(lambda old, weights, decay: old.mul_(decay).add_(weights, alpha=1 - decay))
+    exercises.check_mixed_label(lambda labels, box, grid: labels.copy_(mixed_label(labels, box, grid)))
+    assert capsys.readouterr().out == "right\nright\n"
 
 
 @pytest.mark.parametrize("name, answer, message", WRONG)
