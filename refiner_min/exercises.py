@@ -316,7 +316,7 @@ def check_drop_rates(rates):
     """rates(depth, last): drop path's rate of each block, rising linearly from 0 to last."""
     found = torch.as_tensor([float(rate) for rate in answer(rates, 6, 0.25)])
     compare(found, torch.linspace(0, 0.25, 6), {
-        "every block has the same rate; the first ones matter most and must not be dropped": torch.full((6,), 0.25),
+        "every block has the same rate; it must rise from 0 at the first": torch.full((6,), 0.25),
         "the last block does not reach the rate: divide by depth - 1": 0.25 * torch.arange(6) / 6,
         "the first block has a rate above zero": 0.25 * torch.arange(1, 7) / 6,
         "the rates fall; they must rise": torch.linspace(0.25, 0, 6),

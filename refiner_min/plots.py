@@ -152,15 +152,15 @@ def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", a
 
 
 def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
-    """Curves by their names: {name: (x, y)}."""
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    """Curves by their names, {name: (x, y)}; several have a legend above, where it hides no line."""
+    figure = Figure(figsize=(6, 3.2 + 0.2 * len(series)), layout="constrained")
     axes = figure.subplots()
     for (name, (x, y)), colour, marker in zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]), "os^Dvx"):
         axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper center", frameon=False)
     return figure
 
 
@@ -172,7 +172,7 @@ def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Fi
     for index, ((name, heights), colour) in enumerate(zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]))):
         left = (index - (len(series) - 1) / 2) * width
         drawn = axes.bar([place + left for place in range(len(names))], heights, 0.9 * width, color=colour, label=name)
-        axes.bar_label(drawn, fmt="%.0f")
+        axes.bar_label(drawn, fmt="%.3g")
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel=ylabel, **limits)
     axes.spines[["top", "right"]].set_visible(False)

@@ -137,6 +137,13 @@ FAULTS = [  # description, file, what stands there, what takes its place
      "\"processes\")\n"),
     ("token labels learnt from unasked", "train", "wanted = self.recipe.token_labels and",
      "wanted ="),
+    ("an exercise's answer may change what it is compared with", "exercises", "value.clone() if", "value if"),
+    ("a wrong answer of which no sentence speaks is taken", "exercises",
+     "    raise WrongAnswer(f\"its numbers", "    print(f\"its numbers"),
+    ("a solution takes the place of an answer", "exercises", "if steps(stub) == steps(empty)", "if True"),
+    ("a wrong answer without a sentence is taken", "exercises",
+     "    raise WrongAnswer(f\"its numbers differ", "    print(f\"its numbers differ"),
+    ("a solution takes the place of an answer", "exercises", "steps(stub) == steps(empty)", "True"),
     ("accuracy of tokens without a label counted", "train", "totals[3] += (right & labelled).sum()",
      "totals[3] += right.sum()"),
     ("weight decay on every parameter", "train", "(rest if keep else decay)", "decay"),
@@ -158,25 +165,28 @@ FAULTS = [  # description, file, what stands there, what takes its place
     ("attention to the class token shown for attention of it", "explain", "maps[0, :, 0, 1:]", "maps[0, :, 1:, 0]"),
     ("training and validation loss mixed up", "plots", "row[\"val_loss\"] for row", "row[\"train_loss\"] for row"),
 ]
+FAULTS += [  # the notebooks show all of model.py: they must notice that theirs is another one
+    (f"{description}, in model.py and not in the notebooks", file, there, instead, "notebooks")
+    for description, file, there, instead in FAULTS if file == "model"]
 TESTS = {"__init__": "checkpoint"}  # the tests of a module that are named otherwise
 
 
-def run_tests(file: str, there: str = "", instead: str = "") -> subprocess.CompletedProcess:
-    """Run a module's tests in a copy of the project in which instead has taken the place of there."""
+def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") -> subprocess.CompletedProcess:
+    """Run a module's tests, or others, in a copy of the project in which instead has taken the place of there."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
         shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "imagenette*"))
         path = project / "refiner_min" / f"{file}.py"
         path.write_text(path.read_text().replace(there, instead))
-        tests = f"tests/test_{TESTS.get(file, file)}.py"
-        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", tests]
+        path = f"tests/test_{tests or TESTS.get(file, file)}.py"
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", path]
         environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, cwd=project, capture_output=True, text=True, env=environment)
 
 
 def main(words: list[str]) -> int:
     faults = [fault for fault in FAULTS if not words or any(word in fault[0] for word in words)]
-    for description, file, there, _ in faults:
+    for description, file, there, *_ in faults:
         count = (ROOT / "refiner_min" / f"{file}.py").read_text().count(there)
         if count != 1:
             print(f"{file}.py holds {there!r} {count} times: mend the fault «{description}»")

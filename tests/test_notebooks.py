@@ -2,6 +2,7 @@
 machine they were made on, and every exercise's check takes the solution and names the fault of wrong answers."""
 
 import ast
+import base64
 import difflib
 import json
 import re
@@ -61,7 +62,7 @@ def test_all_of_the_model_is_shown():
 def test_every_cell_was_run_in_order_and_its_outputs_are_there(path):
     counts = [cell["execution_count"] for cell in cells(path, "code")]
     assert counts == list(range(1, len(counts) + 1))
-    assert 15 <= len(counts) <= 60
+    assert 15 <= len(counts) <= 35
     kinds = [output["output_type"] for cell in cells(path, "code") for output in cell["outputs"]]
     assert "error" not in kinds and kinds.count("stream") >= 5
     outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
@@ -81,7 +82,17 @@ def test_outputs_hold_nothing_of_a_machine(path):
 def test_cells_are_short(path):
     for cell in cells(path, "code"):
         repeats = set(definitions(ast.parse(code(cell)))) & set(KNOWN)
-        assert len(source(cell).split("\n")) <= (60 if repeats else 25), source(cell)[:80]
+        lines = source(cell).split("\n")
+        assert len(lines) <= (60 if repeats else 25), source(cell)[:80]
+        assert max(map(len, lines)) <= 105, "JupyterLab shows no more beside its file list in a window of 1280 pixels"
+
+
+@each_notebook
+def test_the_picture_in_the_readme_is_one_of_the_notebook(path):
+    assert f"![](notebooks/{path.stem}.png)" in (ROOT / "README.md").read_text()
+    pictures = [output["data"]["image/png"] for cell in cells(path, "code") for output in cell["outputs"]
+                if "image/png" in output.get("data", {})]
+    assert path.with_suffix(".png").read_bytes() in map(base64.b64decode, pictures)
 
 
 @each_notebook
