@@ -213,8 +213,7 @@ class RefinerViT(nn.Module):
         self.reset_classifier(config.num_classes)
         self.apply(self._init_weights)
 
-    @staticmethod
-    def _init_weights(module):  # convolutions and norms keep torch's defaults, as published
+    def _init_weights(self, module):  # convolutions and norms keep torch's defaults, as published
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)

@@ -172,7 +172,7 @@ def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Fi
     for index, ((name, heights), colour) in enumerate(zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]))):
         left = (index - (len(series) - 1) / 2) * width
         drawn = axes.bar([place + left for place in range(len(names))], heights, 0.9 * width, color=colour, label=name)
-        axes.bar_label(drawn, fmt="%.3g")
+        axes.bar_label(drawn, fmt=lambda height: f"{height:.2f}" if abs(height) < 1 else f"{height:.3g}")
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel=ylabel, **limits)
     axes.spines[["top", "right"]].set_visible(False)
