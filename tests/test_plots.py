@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import roi_align
 
 from refiner_min import UserError, plots
 
@@ -44,6 +45,54 @@ def test_label_maps():
     assert (overlay[0, 0, :3] == overlay[0, 1, :3]).all() and (overlay[0, 0, :3] != other).any()
     assert (overlay[1, 1, :3] == other).all()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["class 3", "class 7"]
+
+
+def test_up_to_ten_classes_have_the_same_colours_in_every_picture():
+    colours = []
+    for other in (2, 7):
+        labels = torch.zeros(1, 4, 10)
+        labels[0, 0, 5] = 1
+        labels[0, 1:, other] = 1
+        figure = plots.label_maps([torch.rand(8, 8).numpy()], labels, list("0123456789"), ["a"])
+        colours.append(figure.axes[0].images[1].get_array()[0, 0].tolist())
+    assert colours[0] == colours[1]
+
+
+def test_heatmaps_are_labelled_at_the_left_and_below_on_one_scale():
+    figure = plots.heatmaps([torch.rand(4, 4) / 4] * 4 + [torch.ones(4, 4)], list("abcde"), columns=4)
+    *maps, bar = figure.axes
+    assert [axes.get_ylabel() for axes in maps[:5]] == ["query", "", "", "", "query"]
+    assert [axes.get_xlabel() for axes in maps[:5]] == ["", "key", "key", "key", "key"]  # none below the last three
+    assert {axes.images[0].get_clim() for axes in maps[:5]} == {(0, 1)}
+    assert plots.heatmaps([-torch.ones(2, 2)], ["a"], around_zero=True).axes[0].images[0].get_clim() == (-1, 1)
+
+
+def test_lines_and_bars():
+    axes, = plots.lines({"a": ([0, 1], [2, 3]), "b": ([0, 1], [4, 5])}, "x", "y", ylim=(0, 9)).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[2, 3], [4, 5]]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_ylim()) == ("x", "y", (0, 9))
+    figure = plots.bars({"a": [1, 0.25], "b": [88.64, -0.5]}, ["left", "right"], "y")
+    axes, = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [1, 0.25, 88.64, -0.5]
+    assert [text.get_text() for text in axes.texts] == ["1", "0.25", "88.6", "-0.50"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["left", "right"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    places = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
+    assert places == pytest.approx([-0.2, 0.8, 0.2, 1.2])  # of a and b, beside each other
+
+
+def test_sampling_shows_where_roi_align_reads():
+    """Of a map whose cells hold their own place, RoIAlign gives the mean of the points that are drawn in a token."""
+    box, cells, tokens = (0.2, 0.1, 0.9, 0.6), 10, 4
+    axes, = plots.sampling(torch.rand(20, 20).numpy(), box, cells, tokens).axes
+    points = torch.tensor(axes.lines[-1].get_xydata())
+    assert len(points) == tokens**2 * 2 * 2  # a token is 1.75 cells wide and 1.25 high
+    place = torch.arange(cells, dtype=torch.float64) + 0.5
+    places = torch.stack(torch.meshgrid(place, place, indexing="xy"))[None]  # (1, x and y, 10, 10)
+    roi = torch.tensor([[0, *(cells * side for side in box)]], dtype=torch.float64)
+    read = roi_align(places, roi, tokens, aligned=True)[0].flatten(1).T  # (T, 2)
+    drawn = points.unflatten(0, (tokens, 2, tokens, 2)).mean(dim=(1, 3)).flatten(0, 1)
+    torch.testing.assert_close(drawn, read)
 
 
 def test_explanation():
