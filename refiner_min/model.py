@@ -223,7 +223,7 @@ class RefinerViT(nn.Module):
         """Images to tokens with their positions: (B, in_channels, S, S) -> (B, N, C)."""
         shape = (self.config.in_channels, self.config.img_size, self.config.img_size)
         if images.shape[1:] != shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}: this model takes {shape}")
+            raise ValueError(f"images of shape {tuple(images.shape)}: it takes batches of {shape}")
         patches = self.stem(images).flatten(2).transpose(1, 2)  # (B, N-1, C), row by row
         if mix_box is not None:
             patches = swap_tokens(patches, mix_box)

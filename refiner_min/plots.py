@@ -18,6 +18,7 @@ BLUE, ORANGE = "#0072b2", "#d55e00"
 CATEGORIES = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
               "#92dadd")  # of Petroff, "Accessible color sequences", arXiv:2107.02270
 OTHER = "#dddddd"
+SERIES = (BLUE, ORANGE, *CATEGORIES[4:])
 
 
 def save_figure(figure: Figure, path):
@@ -57,15 +58,15 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
     stages = [stage for stage in STAGES if any(stage in found for found in maps.values())]
     figure = Figure(figsize=(3.9 + 2.1 * len(stages), max(4.8, 0.8 + 2.1 * len(maps))), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(3.6, 2.1 * len(stages)))
-    photo, bars = left.subplots(2, 1, height_ratios=(3, 2))
+    photo, chances = left.subplots(2, 1, height_ratios=(3, 2))
     photo.imshow(image, cmap="gray", vmin=0, vmax=1)
     photo.set_title(f"{names[0]}, {probabilities[0]:.0%}")
     photo.axis("off")
-    bars.barh(range(len(names)), [100 * value for value in probabilities], color=BLUE)
-    bars.set_yticks(range(len(names)), names)
-    bars.invert_yaxis()
-    bars.set(xlabel="probability (%)", xlim=(0, 100))
-    bars.spines[["top", "right"]].set_visible(False)
+    chances.barh(range(len(names)), [100 * value for value in probabilities], color=BLUE)
+    chances.set_yticks(range(len(names)), names)
+    chances.invert_yaxis()
+    chances.set(xlabel="probability (%)", xlim=(0, 100))
+    chances.spines[["top", "right"]].set_visible(False)
     grid = right.subplots(len(maps), len(stages), squeeze=False)
     for row, (block, found) in zip(grid, maps.items()):
         for axes, stage in zip(row, stages):
@@ -152,10 +153,12 @@ def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", a
 
 
 def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
-    """Curves by their names, {name: (x, y)}; several have a legend above, where it hides no line."""
+    """Curves by their names, {name: (x, y)}; several have a legend above, where it hides no line. ValueError: more
+    than there are colours."""
+    _check_count(series)
     figure = Figure(figsize=(6, 3.2 + 0.2 * len(series)), layout="constrained")
     axes = figure.subplots()
-    for (name, (x, y)), colour, marker in zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]), "os^Dvx"):
+    for (name, (x, y)), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
         axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
     axes.spines[["top", "right"]].set_visible(False)
@@ -165,11 +168,13 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
 
 
 def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Figure:
-    """Bars by their names, {name: heights}, in as many groups as there are names below them."""
+    """Bars by their names, {name: heights}, in as many groups as there are names below them. ValueError: more names
+    than there are colours."""
+    _check_count(series)
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(series)
-    for index, ((name, heights), colour) in enumerate(zip(series.items(), (BLUE, ORANGE, *CATEGORIES[4:]))):
+    for index, ((name, heights), colour) in enumerate(zip(series.items(), SERIES)):
         left = (index - (len(series) - 1) / 2) * width
         drawn = axes.bar([place + left for place in range(len(names))], heights, 0.9 * width, color=colour, label=name)
         axes.bar_label(drawn, fmt=lambda height: f"{height:.2f}" if abs(height) < 1 else f"{height:.3g}")
@@ -198,6 +203,11 @@ def sampling(picture, box, cells: int, tokens: int) -> Figure:
         axes.plot([x1, x2], [y, y], color=ORANGE, linewidth=2)
     axes.plot(*zip(*((x, y) for y in points[1] for x in points[0])), "o", color=CATEGORIES[0], markersize=4)
     return figure
+
+
+def _check_count(series: dict) -> None:
+    if len(series) > len(SERIES):
+        raise ValueError(f"{len(series)} series, but only {len(SERIES)} colours")
 
 
 def _grid(count: int, columns: int, size: float):

@@ -129,6 +129,9 @@ WRONG = [
     ("schedule", lambda step, warmup, total: (1 + math.cos(math.pi * step / total)) / 2, "no warm-up"),
     ("average", lambda old, weights, decay: (1 - decay) * old + decay * weights, "changed places"),
     ("average", lambda old, weights, decay: (old + weights) / 2, "a plain mean"),
+    ("drop_rates", lambda depth, last: last, "not a list of rates"),
+    ("effective_window", lambda token, grid, kernel: [1, 2], "not a set of .row, col."),
+    ("attention", lambda q, k, v: v > 0, "its numbers differ"),
     ("drop_rates", lambda depth, last: [last] * depth, "every block has the same rate"),
     ("drop_rates", lambda depth, last: [last * index / depth for index in range(depth)], "does not reach the rate"),
 ]

@@ -1,61 +1,80 @@
 """The notebooks as a reader meets them: JupyterLab in a real browser, every cell run from the menu.
 
-Needs Chromium (Debian: apt install chromium). What the browser showed, from top to bottom, in the light theme and in
-the dark one, is kept in build/screenshots/.
+Needs Chromium or Chrome on the PATH (Debian: apt install chromium). What the browser showed, from top to bottom, in
+the light theme and in the dark one, is kept in build/screenshots/; of a notebook that failed, what it showed then.
 """
 
 import json
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jupyterlab")
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 SCREENSHOTS = ROOT / "build" / "screenshots"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "google-chrome", "chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 SETTINGS = {  # of JupyterLab, where they are not its own
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # a question, and the network
     "apputils-extension/themes": {"adaptive-theme": True},  # dark when the browser prefers it
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, not only those in sight
 }
+PATIENCE = 60  # seconds for a step; the cells themselves have longer
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open JupyterLab in")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
+sync_api.expect.set_options(timeout=1000 * PATIENCE)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The notebooks once more: JupyterLab writes what it runs."""
-    folder = tmp_path_factory.mktemp("jupyterlab")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*"))
+@pytest.fixture
+def lab(tmp_path):
+    """The address of a running `jupyter lab`, for a notebook's name; with the test it ends, and its kernel with it."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")  # JupyterLab writes what it runs
     for name, values in SETTINGS.items():
-        path = folder / f"config/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings"
+        path = tmp_path / f"config/lab/user-settings/@jupyterlab/{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    """What a running `jupyter lab` says of itself: url (on the loopback, at a free port) and token."""
-    places = {f"JUPYTER_{place}_DIR": str(folder / place.lower()) for place in ("CONFIG", "DATA", "RUNTIME")}
-    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT)}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"], cwd=folder,
-                                   env=environment, stdout=log, stderr=log)
+    places = {f"JUPYTER_{place}_DIR": str(tmp_path / place.lower()) for place in ("CONFIG", "DATA", "RUNTIME")}
+    token, paths = secrets.token_hex(), os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # a free port
+        port = probe.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    environment = {**os.environ, **places, "PYTHONPATH": paths, "JUPYTER_TOKEN": token}
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
     try:
-        while not (found := list(folder.glob("runtime/jpserver-*.json"))):
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.1)
-        yield json.loads(found[0].read_text())
+        wait_for(f"{url}/api", process, log)
+        yield lambda name: f"{url}/lab/tree/notebooks/{name}.ipynb?token={token}"
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        print(log.read_text())  # pytest shows it beside a failure
+
+
+def wait_for(url: str, process, log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        try:
+            return urllib.request.urlopen(url, timeout=5).close()
+        except OSError:  # it does not listen yet
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +85,18 @@ def browser():
         browser.close()
 
 
+@pytest.fixture
+def page(browser, name):
+    for old in SCREENSHOTS.glob(f"{name}-*.png"):
+        old.unlink()
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(1000 * PATIENCE)
+    yield page
+    if not (SCREENSHOTS / f"{name}-dark.png").exists():
+        page.screenshot(path=SCREENSHOTS / f"{name}-failed.png")
+    page.close()
+
+
 def choose(page, menu: str, entry: str) -> None:
     page.get_by_role("menuitem", name=menu, exact=True).click()
     page.get_by_role("menuitem").filter(has=page.get_by_text(entry, exact=True)).click()
@@ -74,22 +105,23 @@ def choose(page, menu: str, entry: str) -> None:
 def keep_screenshot(page, path: Path) -> None:
     """From top to bottom: the window is made as high as the notebook."""
     page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
-    for _ in range(2):  # what comes into sight is laid out anew
+    for _ in range(5):  # what comes into sight is laid out anew
         last = page.locator(".jp-Notebook .jp-Cell").last.bounding_box()
-        page.set_viewport_size({"width": 1280, "height": round(last["y"] + last["height"]) + 60})
-    path.parent.mkdir(parents=True, exist_ok=True)
+        height = round(last["y"] + last["height"]) + 60
+        if height == page.viewport_size["height"]:
+            break
+        page.set_viewport_size({"width": 1280, "height": height})
+    assert height == page.viewport_size["height"] and height <= 16_384, "Chromium paints no higher page"
     page.screenshot(path=path)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_all_cells_run_from_the_menu(folder, server, browser, name):
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
-    complaints = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.goto(f"{server['url']}lab/workspaces/{name}/tree/notebooks/{name}.ipynb?token={server['token']}")
+def test_all_cells_run_from_the_menu(lab, page, name, tmp_path):
+    exceptions = []
+    page.on("pageerror", lambda error: exceptions.append(str(error)))
+    page.goto(lab(name))
     idle = page.locator("#jp-main-statusbar").get_by_text("| Idle")  # of the kernel
-    idle.wait_for(timeout=60_000)
+    idle.wait_for()
 
     choose(page, "Run", "Run All Cells")
     waiting = page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[*]:")
@@ -99,18 +131,16 @@ def test_all_cells_run_from_the_menu(folder, server, browser, name):
     choose(page, "File", "Save Notebook")
     sync_api.expect(page.locator(".jp-mod-dirty")).to_have_count(0)
 
-    code = [cell for cell in json.loads((folder / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-            if cell["cell_type"] == "code"]
-    errors = [output["evalue"] for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
-    assert not errors and not complaints
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    solutions = sum(cell["metadata"].get("jupyter") == {"source_hidden": True} for cell in code)
-    sync_api.expect(page.locator(".jp-InputPlaceholder")).to_have_count(solutions)
+    ran, stored = ([cell for cell in notebook["cells"] if cell["cell_type"] == "code"] for notebook in (
+        json.loads((tmp_path / "notebooks" / f"{name}.ipynb").read_text()), NOTEBOOKS[name]))
+    assert not [output["evalue"] for cell in ran for output in cell["outputs"] if output["output_type"] == "error"]
+    assert [cell["execution_count"] for cell in ran] == list(range(1, len(stored) + 1))
+    solutions = sum("jupyter" in cell["metadata"] for cell in stored)
+    sync_api.expect(page.locator(".jp-InputPlaceholder")).to_have_count(solutions)  # all of them are shut
 
     keep_screenshot(page, SCREENSHOTS / f"{name}-light.png")
     page.emulate_media(color_scheme="dark")
     sync_api.expect(page.locator("body")).to_have_attribute("data-jp-theme-light", "false")
     sync_api.expect(page.locator("#jupyterlab-splash")).to_have_count(0)
     keep_screenshot(page, SCREENSHOTS / f"{name}-dark.png")
-    choose(page, "Kernel", "Shut Down Kernel")  # or its memory is taken until the server stops
-    page.close()
+    assert not exceptions

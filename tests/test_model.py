@@ -297,8 +297,10 @@ def test_what_cannot_be_is_a_value_error(wrong, value):
 
 def test_images_of_another_shape_are_a_value_error():
     model = RefinerViT(RefinerConfig(**TINY)).eval()
-    with pytest.raises(ValueError, match=r"\(3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\): it takes batches of \(3, 32, 32\)"):
         model(torch.randn(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"\(3, 32, 32\): it takes batches"):  # one picture is no batch
+        model(torch.randn(3, 32, 32))
 
 
 def test_attention_maps_are_for_evaluation():

@@ -49,10 +49,10 @@ def test_label_maps():
 
 def test_up_to_ten_classes_have_the_same_colours_in_every_picture():
     colours = []
-    for other in (2, 7):
+    for count in (1, 3):  # of four tokens
         labels = torch.zeros(1, 4, 10)
-        labels[0, 0, 5] = 1
-        labels[0, 1:, other] = 1
+        labels[0, :count, 5] = 1
+        labels[0, count:, 2] = 1
         figure = plots.label_maps([torch.rand(8, 8).numpy()], labels, list("0123456789"), ["a"])
         colours.append(figure.axes[0].images[1].get_array()[0, 0].tolist())
     assert colours[0] == colours[1]
@@ -77,6 +77,8 @@ def test_lines_and_bars():
     assert [text.get_text() for text in axes.texts] == ["1", "0.25", "88.6", "-0.50"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["left", "right"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="9 series, but only 8 colours"):
+        plots.lines({str(index): ([0], [0]) for index in range(9)}, "x", "y")
     places = [bar.get_x() + bar.get_width() / 2 for bar in axes.patches]
     assert places == pytest.approx([-0.2, 0.8, 0.2, 1.2])  # of a and b, beside each other
 
