@@ -150,6 +150,7 @@ def check_collapse(collapse):
         "that is an expansion after a reduction, (E, E): what is applied first stands on the right":
             expansion @ reduction,
         "it is transposed": (reduction @ expansion).T,
+        "the two are added, not applied one after the other": reduction + expansion.T,
     })
 
 

@@ -155,13 +155,10 @@ def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", a
 def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
     """Curves by their names, {name: (x, y)}; several have a legend above, where it hides no line. ValueError: more
     than there are colours."""
-    _check_count(series)
-    figure = Figure(figsize=(6, 3.2 + 0.2 * len(series)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _chart(series, 3.2 + 0.2 * len(series))
     for (name, (x, y)), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
         axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         figure.legend(loc="outside upper center", frameon=False)
     return figure
@@ -170,9 +167,7 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
 def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Figure:
     """Bars by their names, {name: heights}, in as many groups as there are names below them. ValueError: more names
     than there are colours."""
-    _check_count(series)
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _chart(series, 3.4)
     width = 0.8 / len(series)
     for index, ((name, heights), colour) in enumerate(zip(series.items(), SERIES)):
         left = (index - (len(series) - 1) / 2) * width
@@ -180,7 +175,6 @@ def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Fi
         axes.bar_label(drawn, fmt=lambda height: f"{height:.2f}" if abs(height) < 1 else f"{height:.3g}")
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel=ylabel, **limits)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
         figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
     return figure
@@ -205,9 +199,14 @@ def sampling(picture, box, cells: int, tokens: int) -> Figure:
     return figure
 
 
-def _check_count(series: dict) -> None:
+def _chart(series: dict, height: float):
+    """A figure, and axes for so many series. ValueError: more than there are colours."""
     if len(series) > len(SERIES):
         raise ValueError(f"{len(series)} series, but only {len(SERIES)} colours")
+    figure = Figure(figsize=(6, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _grid(count: int, columns: int, size: float):

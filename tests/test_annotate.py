@@ -2,7 +2,6 @@
 gone on with and refused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,8 +18,6 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from refiner_min import UserError, annotate, data, relabel
 from tests.pictures import CLASSES, make_folder, names_of
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +206,7 @@ def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(tmp_path):
     arguments = command(root, "--batch-size", "1")
     assert annotate.main(arguments) == 0
     Path("labels").rename("whole")
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments])
     assert done.returncode == -signal.SIGKILL
     assert json.loads(Path("labels/labels.json").read_text())["done"] == 32  # 16 more are on the disk, and do not count
     with pytest.raises(UserError, match="is not complete .* goes on with --resume"):
@@ -339,6 +336,6 @@ def test_two_pictures_of_one_name(tmp_path):
 
 def test_a_mistake_is_one_sentence_and_status_2(pictures):
     words = [sys.executable, "-m", "refiner_min.annotate", *command(pictures, "--annotator", "none")]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --annotator none is unknown")
     assert done.stderr.count("\n") == 1 and not Path("labels").exists()

@@ -45,14 +45,13 @@ def lab(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     places = {f"JUPYTER_{place}_DIR": str(tmp_path / place.lower()) for place in ("CONFIG", "DATA", "RUNTIME")}
-    token, paths = secrets.token_hex(), os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # a free port
         port = probe.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+    url, token, log = f"http://127.0.0.1:{port}", secrets.token_hex(), tmp_path / "log"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
                f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-    environment = {**os.environ, **places, "PYTHONPATH": paths, "JUPYTER_TOKEN": token}
+    environment = os.environ | places | {"JUPYTER_TOKEN": token}
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
     try:
@@ -111,7 +110,8 @@ def keep_screenshot(page, path: Path) -> None:
         if height == page.viewport_size["height"]:
             break
         page.set_viewport_size({"width": 1280, "height": height})
-    assert height == page.viewport_size["height"] and height <= 16_384, "Chromium paints no higher page"
+    assert height == page.viewport_size["height"], "the layout does not come to rest"
+    assert height <= 16_384, "Chromium paints no higher page"
     page.screenshot(path=path)
 
 

@@ -610,20 +610,16 @@ def test_two_processes_learn_from_maps(pictures, labels):
 def torchrun(*flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
                "refiner_min.train", *flags]
-    return subprocess.run(command, capture_output=True, text=True, env=environment())
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 
 
-def environment() -> dict:
-    return os.environ | {"PYTHONPATH": str(Path(train.__file__).parents[1])}
-
-
 def start(pictures, out, *flags):
     command = [sys.executable, "-u", "-m", "refiner_min.train", *small(pictures, "--epochs", "6", "--out", out, *flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(pictures, out, *flags):
@@ -673,8 +669,7 @@ def test_signals_save_and_say_how_to_go_on(pictures, number, status):
     command = re.search(r"to go on: python (-m refiner_min.train .* --out stopped .*--resume)$", said.strip()).group(1)
     step = checkpoint.load("stopped/last.pt")["step"]
     assert f"stopped after step {step};" in said
-    process = subprocess.Popen([sys.executable, "-u", *command.split()], stdout=subprocess.PIPE, text=True,
-                               env=environment())
+    process = subprocess.Popen([sys.executable, "-u", *command.split()], stdout=subprocess.PIPE, text=True)
     wait_for_step(process, step + 1)
     process.kill()
     process.communicate()
@@ -772,7 +767,7 @@ def test_starting_from_published_weights(pictures):
 
 def test_a_mistake_is_one_sentence_and_status_2(pictures):
     command = [sys.executable, "-m", "refiner_min.train", *small(pictures, "--batch-size", "1000")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error: --batch-size 1000 is larger than the 24 training pictures"]
@@ -833,7 +828,7 @@ def test_a_disk_that_fills_up(pictures):
             "train.checkpoint.save = fill\n"
             "run_command(lambda: train.main(sys.argv[1:]))")
     command = [sys.executable, "-c", code, *small(pictures, "--out", "full")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert checkpoint.load("full/last.pt")["step"] == 0
