@@ -15,6 +15,11 @@ class UserError(Exception):
     """A mistake that its user can mend, said in one sentence: what was wrong, with the value, and what to do."""
 
 
+def some(names: list[str]) -> str:
+    """The first three of them, and how many more there are, for such a sentence."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def run_command(main):
     """Run a command's main(); a UserError is one sentence and exit status 2, Ctrl-C is 130, neither a traceback."""
     try:

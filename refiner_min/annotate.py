@@ -2,14 +2,11 @@
 
 The annotator is an ImageNet classifier whose head is applied at every position of its last feature map, before the
 pooling. Each training picture is squashed to a square whole, so that a crop's box in fractions means the same place in
-the picture and in its map. The store that is written: relabel.PackedLabels. Source: ReLabel, arXiv:2101.05022 (squashed
+the picture and in its map; label_store.LabelWriter puts them on disk. Source: ReLabel, arXiv:2101.05022 (squashed
 pictures), and the published generate_label.py (top 5; it crops the centre, which its crops then miss).
 """
 
 import argparse
-import json
-import math
-import os
 import time
 import warnings
 from collections import Counter
@@ -23,8 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
 
-from refiner_min import UserError, data, hardware, plots, relabel, replacing, run_command
-from refiner_min.relabel import PackedLabels
+from refiner_min import UserError, data, hardware, plots, run_command
+from refiner_min.label_store import LabelMap, LabelWriter, open_labels
+from refiner_min.pictures import SKIP_HINT, read_picture, squash
+from refiner_min.relabel import pool_label_map
+from refiner_min.splits import ignore_signals, picture_names
 
 TOP = 5  # logits kept a position
 SAVE_EVERY = 32  # batches
@@ -171,85 +171,32 @@ class _Squares(Dataset):
 
     def __getitem__(self, index):  # (3, S, S) uint8, or what was wrong with the picture
         try:
-            return data.squash(data.read_picture(self.paths[index]), self.size)
+            return squash(read_picture(self.paths[index]), self.size)
         except UserError as error:
             return str(error)
 
 
-class Store:
-    """A packed store while it is written: whole batches, and now and then labels.json, which says how many rows count.
-    What a killed process left beyond them is written again."""
-
-    def __init__(self, folder: Path, facts: dict, names: list[str], resume: bool):
-        self.folder, self.facts = folder, facts | {"done": 0, "skipped": []}
-        if (folder / PackedLabels.FACTS).exists():
-            self.facts, there = PackedLabels.describe(folder)
-            differing = [name for name, value in facts.items() if self.facts.get(name) != value]
-            differing += ["pictures"] if there != names else []
-            if differing or not resume:
-                why = f"it differs in {', '.join(differing)}" if differing else "--resume goes on with it"
-                raise UserError(f"{folder} holds {self.facts['done']} of {len(there)} label maps already and is not "
-                                f"written over: {why}, --out DIR begins another one")
-            PackedLabels.check_size(folder, self.facts)
-        try:
-            if not self.facts["done"]:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / PackedLabels.NAMES) as file:
-                    file.write(PackedLabels.pack(names))
-            self.files = [open(folder / name, "r+b" if self.facts["done"] else "wb")
-                          for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
-            for file in self.files:
-                file.seek(self.facts["done"] * 2 * math.prod(facts["shape"]))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be used for the label maps ({error})") from None
-        self.save()
-
-    def add(self, maps: relabel.LabelMap, skipped: list[str]):
-        """Write the next rows; skipped: the names among them that are not to be used. UserError: no room for them."""
-        if not maps.logits.half().isfinite().all():
-            raise UserError(f"{self.facts['annotator']} gives logits that are not finite on this device: --device cpu")
-        for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
-            self.write(file, plane.numpy().astype(dtype).tobytes())
-        self.facts["done"] += len(maps.ids)
-        self.facts["skipped"] += skipped
-
-    def save(self):
-        for file in self.files:
-            self.write(file, b"", sync=True)
-        with replacing(self.folder / PackedLabels.FACTS) as file:
-            file.write(f"{json.dumps(self.facts, indent=1)}\n".encode())
-
-    def write(self, file, content: bytes, sync: bool = False):
-        try:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.folder} could not be written ({error}); --resume goes on when it can be") from None
-
-
 @torch.no_grad()
-def make_maps(annotator: Annotator, columns, pictures) -> relabel.LabelMap:
+def make_maps(annotator: Annotator, columns, pictures) -> LabelMap:
     """Pictures (B, 3, S, S) uint8 -> their maps over the classes in columns, on the CPU."""
     device = annotator.mean.device
     with hardware.autocast(device, hardware.hardware_amp(device)):
         logits = annotator(pictures.to(device))[..., columns.to(device)]  # (B, H, W, K)
-    return relabel.LabelMap(*(plane.cpu() for plane in top_logits(logits)))
+    return LabelMap(*(plane.cpu() for plane in top_logits(logits)))
 
 
-def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: Store, size: int,
+def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: LabelWriter, size: int,
              batch_size: int, workers: int, skip_bad: bool):
     """Make the maps that the store has not got yet. UserError: a picture that cannot be read."""
     first, blank = store.facts["done"], torch.zeros(3, size, size, dtype=torch.uint8)
     loader = DataLoader(_Squares(paths[first:], size), batch_size, num_workers=workers, collate_fn=list,
-                        worker_init_fn=data.ignore_signals)
+                        worker_init_fn=ignore_signals)
     try:
         with tqdm(total=len(paths), initial=first, unit=" pictures", disable=None) as bar:
             for number, batch in enumerate(loader, 1):
                 bad = {row: picture for row, picture in enumerate(batch) if isinstance(picture, str)}
                 if bad and not skip_bad:
-                    raise UserError(f"{next(iter(bad.values()))}; {data.SKIP_HINT}")
+                    raise UserError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
                 pictures = torch.stack([blank if row in bad else picture for row, picture in enumerate(batch)])
                 start = store.facts["done"]
                 store.add(make_maps(annotator, columns, pictures), [names[start + row] for row in bad])
@@ -266,13 +213,13 @@ def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], 
 
 def check(folder: Path, classes: list[str], paths: list[str], names: list[str], count: int):
     """Draw some of the pictures with their maps into check.png of the store."""
-    labels = relabel.open_labels(folder, classes)
+    labels = open_labels(folder, classes)
     good = [index for index, name in enumerate(names) if name not in labels.skipped]
     chosen = [good[index] for index in torch.linspace(0, len(good) - 1, min(count, len(good))).long()]
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
     maps = labels.read(labels.find([names[index] for index in chosen]))
-    _, tokens = relabel.pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
-    squares = [data.squash(data.read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
+    _, tokens = pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
+    squares = [squash(read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
     titles = [data.class_names([Path(names[index]).parts[0]])[0] for index in chosen]
     plots.save_figure(plots.label_maps(squares, tokens, data.class_names(classes), titles), folder / "check.png")
     print(f"drawn in {folder / 'check.png'}")
@@ -293,7 +240,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--check", type=int, metavar="N", default=0, help="draw N pictures with their maps: check.png")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=hardware.default_workers(), help="processes that read pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     args = parser.parse_args(arguments)
     for name, low in (("size", 32), ("check", 0), ("batch_size", 1), ("workers", 0)):
@@ -307,7 +254,7 @@ def main(arguments=None) -> int:
     device, out = hardware.choose_device(args.device), Path(args.out or f"labels/{args.subset}")
     root, folders, classes = data.open_folders(args.subset, args.data)
     columns = class_columns(classes)
-    paths, names = [path for path, _ in folders["train"].samples], data.picture_names(folders["train"])
+    paths, names = [path for path, _ in folders["train"].samples], picture_names(folders["train"])
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")
@@ -318,7 +265,7 @@ def main(arguments=None) -> int:
         raise UserError(f"{args.annotator} does not take --size {args.size} ({str(error).splitlines()[0]})") from None
     facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "shape": list(shape),
              "batch_size": args.batch_size}
-    store = Store(out, facts, names, args.resume)
+    store = LabelWriter(out, facts, names, args.resume)
     print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
           f"{store.facts['done']:,} are there", flush=True)
     started, before = time.perf_counter(), store.facts["done"]

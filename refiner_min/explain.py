@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
-from refiner_min import UserError, checkpoint, data, plots, run_command
+from refiner_min import UserError, checkpoint, plots, run_command
+from refiner_min.augment import center_crop
+from refiner_min.pictures import read_picture, squash, stored_size
 
 
 def prepare(photo, config, eval_crop: float = 1.0) -> torch.Tensor:
     """The photo at a path as the model takes it in evaluation: (1, channels, S, S) from -1 to 1."""
-    picture = data.read_picture(photo, "L" if config.in_channels == 1 else "RGB")
+    picture = read_picture(photo, "L" if config.in_channels == 1 else "RGB")
     aspects = torch.tensor([picture.width / picture.height])
-    squares = data.squash(picture, data.stored_size(config.img_size))[None]  # (1, channels, stored, stored)
-    return data.center_crop(squares, aspects, config.img_size, eval_crop)
+    squares = squash(picture, stored_size(config.img_size))[None]  # (1, channels, stored, stored)
+    return center_crop(squares, aspects, config.img_size, eval_crop)
 
 
 def class_token_maps(model, image, blocks: int) -> dict:

@@ -1,17 +1,17 @@
-"""What the machine offers: the device to compute on, its number format, its name. Every command asks here."""
+"""What the machine offers: the device to compute on, its number format, its name, its cores. Commands ask here."""
 
 import os
 import platform
 
 import torch
 
-from refiner_min import UserError
+from refiner_min import UserError, distributed
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU if there is one. UserError: it cannot be used here."""
     if name in (None, "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device)
@@ -42,3 +42,15 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
+
+
+def available_cores() -> int:
+    """The cores that this process may use: a scheduler often grants fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_workers() -> int:
+    """Processes that read pictures for this one: the cores over the processes on this machine, at most 16."""
+    return max(min(available_cores() // distributed.local_world(), 16), 1)

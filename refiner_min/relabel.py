@@ -1,172 +1,22 @@
-"""Token labels: the stores they are read from, pooling under a crop, mixing, MixToken's box and the loss.
+"""Token labels: label maps pooled under a crop, pictures and labels mixed, MixToken's box, and the loss.
 
-A label map is what an annotator network says of every place of a picture: for each of H x W cells its k largest class
-logits and their classes. Under a crop it is pooled to one label for the picture and one for every patch token.
+A label map (label_store.LabelMap) says of each of H x W cells of a picture which k classes are likeliest there. Under a
+crop it is pooled to one label for the picture and one for every patch token.
     token labeling: "All Tokens Matter", Jiang et al. 2021, arXiv:2104.10858; the maps' crop: ReLabel, arXiv:2101.05022
 Shapes: B pictures, K classes, T = grid x grid patch tokens, row by row. It imports no other module of the package.
 """
 
-import json
-import math
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import roi_align
 
-from refiner_min import UserError
-
-
-class LabelMap(NamedTuple):
-    logits: torch.Tensor  # (B, k, H, W) float32, largest first; a class that is not among them counts as logit 0
-    ids: torch.Tensor  # (B, k, H, W) int64
-
 
 class Labels(NamedTuple):  # what a batch learns from
     image: torch.Tensor  # (B,) int64, or probabilities (B, K)
     tokens: torch.Tensor | None = None  # probabilities (B, T, K), all zero where a token has none; None: the image's
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading label maps
-
-
-def open_labels(folder, classes: list[str]):
-    """The label maps in a folder: a packed store of ours, or files in the published layout.
-
-    Both have find(names) -> keys and read(keys) -> LabelMap; a name is "CLASS/STEM", the picture's path without its
-    suffix. UserError: there are none, they are incomplete, or they were made for other classes.
-    """
-    folder = Path(folder)
-    if (folder / PackedLabels.FACTS).exists():
-        return PackedLabels(folder, classes)
-    if next(folder.glob("*/*.pt"), None):
-        return LabelFiles(folder, len(classes))
-    raise UserError(f"--relabel {folder} holds no label maps: neither {PackedLabels.FACTS}, which python -m "
-                    f"refiner_min.annotate writes, nor CLASS/STEM.pt as in the published layout")
-
-
-class PackedLabels:
-    """One store for a whole set: labels.json (annotator, size, classes, shape, rows done), pictures.txt (the name of
-    row i in line i), logits.f16 and ids.i16 (n, k, H, W), which stay on the disk and are mapped into memory."""
-
-    FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
-
-    def __init__(self, folder: Path, classes: list[str]):
-        facts, names = self.describe(folder)
-        if facts["classes"] != classes:
-            other = sorted(set(facts["classes"]) ^ set(classes)) or ["another order"]
-            raise UserError(f"{folder} was made for other classes ({len(facts['classes'])}; the set has "
-                            f"{len(classes)}; different: {', '.join(other[:3])})")
-        if facts["done"] < len(names):
-            raise UserError(f"{folder} is not complete ({facts['done']} of {len(names)} pictures): the command that "
-                            f"began it goes on with --resume")
-        self.folder, self.num_classes, self.shape = folder, len(classes), (len(names), *facts["shape"])
-        self.annotator, self.skipped = f"{facts['annotator']} at {facts['size']} px", set(facts["skipped"])
-        self.check_size(folder, facts)
-
-    @classmethod
-    def describe(cls, folder: Path) -> tuple[dict, list[str]]:
-        """What labels.json says, and the pictures' names. UserError: they are damaged."""
-        try:
-            facts = json.loads((folder / cls.FACTS).read_text())
-            if not {"annotator", "size", "classes", "shape", "done", "skipped"} <= facts.keys():
-                raise ValueError(f"{cls.FACTS} holds {', '.join(facts) or 'nothing'}")
-            if not all(isinstance(number, int) for number in (facts["done"], *facts["shape"])):
-                raise ValueError(f"{cls.FACTS} holds the shape {facts['shape']}")
-            return facts, cls.unpack((folder / cls.NAMES).read_bytes())
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
-
-    @classmethod
-    def check_size(cls, folder: Path, facts: dict):
-        """UserError if the files hold fewer rows than labels.json says."""
-        expected = 2 * facts["done"] * math.prod(facts["shape"])  # bytes
-        for path in (folder / cls.LOGITS, folder / cls.IDS):
-            if not path.exists() or path.stat().st_size < expected:
-                raise UserError(f"{folder} is a damaged store of label maps ({path.name} is shorter than the "
-                                f"{expected:,} bytes that {cls.FACTS} speaks of): make it again")
-
-    @staticmethod
-    def pack(names: list[str]) -> bytes:
-        return "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
-
-    @staticmethod
-    def unpack(names: bytes) -> list[str]:
-        return names.decode("utf-8", "surrogateescape").split("\n")[:-1]
-
-    def find(self, names: list[str]) -> np.ndarray:
-        """The rows of the pictures. UserError: how many have none."""
-        _, lines = self.describe(self.folder)
-        rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
-        _check_found(self.folder, names, [name in rows for name in names])
-        return np.array([rows[name] for name in names])
-
-    def planes(self) -> tuple[np.memmap, np.memmap]:
-        """Mapped anew for every read: nothing to send to a worker process, and no page stays in memory."""
-        return (np.memmap(self.folder / self.LOGITS, "<f2", "r", shape=self.shape),
-                np.memmap(self.folder / self.IDS, "<i2", "r", shape=self.shape))
-
-    def read(self, rows) -> LabelMap:
-        logits, ids = (torch.from_numpy(plane[rows]) for plane in self.planes())
-        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes,
-                        [f"row {row} of {self.folder}" for row in rows])
-
-
-class LabelFiles:
-    """The published layout: FOLDER/CLASS/STEM.pt, a tensor (2, k, H, W) of logits and ids; STEM ends at the first dot
-    of the picture's name. NFNet-F6's maps are 18 x 18, ReLabel's 15 x 15. Source: published, tlt/data/dataset.py."""
-
-    def __init__(self, folder: Path, num_classes: int):
-        self.folder, self.num_classes, self.annotator, self.skipped = folder, num_classes, "published files", set()
-
-    def find(self, names: list[str]) -> np.ndarray:
-        """The files of the pictures, below the folder. UserError: how many have none."""
-        there = {f"{path.parent.name}/{path.stem}" for path in self.folder.glob("*/*.pt")}
-        stems = [f"{Path(name).parts[0]}/{Path(name).name.split('.')[0]}" for name in names]
-        _check_found(self.folder, names, [stem in there for stem in stems])
-        self.shape = self._load(self.folder / f"{stems[0]}.pt").shape  # that of all
-        self.read(stems[:1])  # so that maps of other classes are told before training starts
-        return np.array(stems)
-
-    def read(self, stems) -> LabelMap:
-        paths = [self.folder / f"{stem}.pt" for stem in stems]
-        maps = [self._load(path) for path in paths]  # (2, k, H, W) each
-        for path, planes in zip(paths, maps):
-            if planes.shape != self.shape:
-                raise UserError(f"{path} is no label map (shape {tuple(planes.shape)} instead of {tuple(self.shape)})")
-        logits, ids = torch.stack(maps, dim=1)
-        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes, paths)
-
-    def _load(self, path: Path) -> torch.Tensor:
-        try:
-            planes = torch.load(path, map_location="cpu", weights_only=True)
-            if planes.ndim != 4 or len(planes) != 2:
-                raise ValueError(f"shape {tuple(planes.shape)} instead of (2, k, H, W)")
-        except Exception as error:  # torch.load raises many kinds
-            raise UserError(f"{path} is no label map ({(str(error) or repr(error)).splitlines()[0]})") from None
-        return planes
-
-
-def _check_found(folder: Path, names: list[str], found: list[bool]):
-    if not all(found):
-        raise UserError(f"{folder} has no map for {found.count(False)} of the {len(names)} training pictures, "
-                        f"{names[found.index(False)]} the first of them: was it made for this set?")
-
-
-def _checked(maps: LabelMap, num_classes: int, sources: list) -> LabelMap:
-    outside = (maps.ids < 0) | (maps.ids >= num_classes)  # (B, k, H, W)
-    if outside.any():
-        index = int(outside.nonzero()[0, 0])
-        raise UserError(f"{sources[index]} holds the class id {int(maps.ids[outside][0])}, but the set has "
-                        f"{num_classes} classes")
-    if not maps.logits.isfinite().all():
-        index = int(maps.logits.isfinite().logical_not().nonzero()[0, 0])
-        raise UserError(f"{sources[index]} holds logits that are not finite")
-    return maps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

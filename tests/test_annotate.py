@@ -16,18 +16,15 @@ import torchvision
 from PIL import Image
 from torchvision.models import get_model, get_model_weights, list_models
 
-from refiner_min import UserError, annotate, data, relabel
+from refiner_min import UserError, annotate
+from refiner_min.label_store import open_labels
+from refiner_min.pictures import squash
 from tests.pictures import CLASSES, make_folder, names_of
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("pictures") / "set", train=3, val=1)
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def command(pictures, *flags) -> list[str]:
@@ -133,7 +130,7 @@ def test_pictures_are_normalised_as_the_weights_ask(monkeypatch, tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
     with torch.no_grad():
         expected = network(weights.transforms(crop_size=224, resize_size=224)(picture)[None])
-        logits = annotate.make_annotator("torchvision:resnet18")(data.squash(picture, 224)[None])
+        logits = annotate.make_annotator("torchvision:resnet18")(squash(picture, 224)[None])
     assert logits.shape == (1, 7, 7, 1000)
     torch.testing.assert_close(logits.mean(dim=(1, 2)), expected, atol=1e-4, rtol=1e-4)
 
@@ -168,7 +165,7 @@ def test_maps_are_of_the_whole_squashed_picture(pictures, capsys):
     assert facts["done"] == 9 and facts["shape"] == [3, 2, 2] and facts["skipped"] == []
     assert (facts["annotator"], facts["size"], facts["classes"]) == ("efficientnet-lite0", 64, list(CLASSES))
 
-    labels = relabel.open_labels("labels", list(CLASSES))
+    labels = open_labels("labels", list(CLASSES))
     maps = labels.read(labels.find(names_of(pictures)))
     annotator = annotate.make_annotator("efficientnet-lite0")
     for row, name in enumerate(names_of(pictures)):
@@ -210,7 +207,7 @@ def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(tmp_path):
     assert done.returncode == -signal.SIGKILL
     assert json.loads(Path("labels/labels.json").read_text())["done"] == 32  # 16 more are on the disk, and do not count
     with pytest.raises(UserError, match="is not complete .* goes on with --resume"):
-        relabel.open_labels("labels", list(CLASSES))
+        open_labels("labels", list(CLASSES))
     with pytest.raises(UserError, match="holds .* of 90 label maps already .*: --resume goes on with it, --out DIR"):
         annotate.main(arguments)
     assert annotate.main([*arguments, "--resume"]) == 0
@@ -269,7 +266,7 @@ def test_pictures_that_cannot_be_read(tmp_path, capsys):
         annotate.main(command(root))
     assert annotate.main(command(root, "--resume", "--skip-bad", "--check", "18")) == 0
     assert ", 1 pictures left out" in capsys.readouterr().out
-    labels = relabel.open_labels("labels", list(CLASSES))
+    labels = open_labels("labels", list(CLASSES))
     assert len(labels.find([name for name in names_of(root) if name != f"{CLASSES[1]}/3"])) == 17
     with pytest.raises(UserError, match="no map for 1 of the 18"):
         labels.find(names_of(root))
@@ -316,13 +313,13 @@ def test_a_disk_that_fills_up(pictures, monkeypatch):
         def write(self, content):
             raise OSError("No space left on device")
 
-    make = annotate.Store.__init__
+    make = annotate.LabelWriter.__init__
 
     def begin(store, *words):
         make(store, *words)
         store.files = [Full(), Full()]
 
-    monkeypatch.setattr(annotate.Store, "__init__", begin)
+    monkeypatch.setattr(annotate.LabelWriter, "__init__", begin)
     with pytest.raises(UserError, match="labels could not be written .No space left.*; --resume goes on"):
         annotate.main(command(pictures))
 

@@ -10,22 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner_min import UserError, checkpoint, data, explain, train
+from refiner_min import UserError, checkpoint, explain
+from refiner_min.augment import center_crop
 from refiner_min.model import RefinerConfig, RefinerViT
+from refiner_min.pictures import read_picture, squash
+from refiner_min.recipes import Recipe
 
 SMALL = dict(img_size=32, patch_size=8, dim=24, depth=4, heads=3, num_classes=7, dense=False)
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def weights(**overrides) -> Path:
     torch.manual_seed(0)
     model = RefinerViT(RefinerConfig(**SMALL | overrides))
     path = Path("best.pt")
-    recipe = asdict(train.Recipe(eval_crop=0.9))
+    recipe = asdict(Recipe(eval_crop=0.9))
     checkpoint.save({"config": asdict(model.config), "recipe": recipe, "model": model.state_dict(),
                      "classes": [f"thing {index}" for index in range(model.config.num_classes)]}, path)
     return path
@@ -54,9 +52,9 @@ def test_the_classes_are_those_of_the_evaluation():
     path = weights()
     found = explain.explain(photo(), path, "out.png")
     model, _ = checkpoint.load_model(path)
-    picture = data.read_picture("photo.png")
-    square = data.squash(picture, 40)[None]
-    image = data.center_crop(square, torch.tensor([1.5]), 32, 0.9)  # as training evaluates
+    picture = read_picture("photo.png")
+    square = squash(picture, 40)[None]
+    image = center_crop(square, torch.tensor([1.5]), 32, 0.9)  # as training evaluates
     with torch.no_grad():
         probabilities = model(image).softmax(dim=1)[0]
     assert len(found) == 5 and [value for _, value in found] == sorted((value for _, value in found), reverse=True)

@@ -1,121 +1,27 @@
-"""train.py: every piece of a step against its definition, every flag, every refusal, and runs that go on as if they
-had never stopped."""
+"""train.py: every flag, every refusal, whole runs, and runs that go on as if they had never stopped."""
 
-import csv
-import itertools
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from refiner_min import UserError, checkpoint, data, hardware, run_command, train
-from refiner_min.model import RefinerOutput, refiner_vit_s
-from refiner_min.relabel import Labels, box_share, pool_label_map
+from refiner_min import UserError, checkpoint, data, engine, run_command, scenes, train
+from refiner_min.augment import normalise
+from refiner_min.model import refiner_vit_s
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
+from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small
 from tests.test_checkpoint import published_state
 
-CPU = torch.device("cpu")
-SMALL = ["--img-size", "16", "--epochs", "2", "--batch-size", "10", "--warmup-epochs", "1", "--device", "cpu"]
-NUMBERS = itertools.count()
-TIMES = ("seconds", "images_per_second")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("pictures") / "set", train=8, val=4)
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.compiler.reset()  # what other tests compiled does not count towards the limit of recompilations
-
-
-def small(pictures, *flags) -> list[str]:
-    return ["--subset", "folder", "--data", str(pictures), *SMALL, *flags]
-
-
-def run_of(pictures, *flags) -> train.Run:
-    arguments = small(pictures, "--out", f"out{next(NUMBERS)}", *flags)
-    return train.new_run(*train.parse(arguments), CPU, arguments)
-
-
-def rows_of(out) -> list[dict]:
-    with open(Path(out) / "metrics.csv") as file:
-        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
-
-
-def assert_same_runs(one, two):
-    """Metrics but for times, and every tensor of the checkpoint."""
-    assert rows_of(one) == rows_of(two)
-    first, second = (checkpoint.load(Path(out) / "last.pt") for out in (one, two))
-    for part in ("model", "ema"):
-        assert (first[part] is None) == (second[part] is None)
-        for name, value in (first[part] or {}).items():
-            assert torch.equal(value, second[part][name]), name
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Recipes and flags
-
-
-def test_every_preset_names_its_command_and_every_subset_has_two():
-    assert train.PRESETS.keys() == set(data.SUBSETS)
-    for gpu, cpu in train.PRESETS.values():
-        for preset in (gpu, cpu):
-            assert "-m refiner_min.train" in preset.__doc__
-            if preset().model == "ti":
-                train.build_model(preset(), data.Subset("x", None, None, None, ["a", "b"]))
-
-
-def test_the_imagenet_preset_is_the_published_recipe():
-    short = train.choose_recipe("imagenet", CPU, {"epochs": 31})
-    assert (short.warmup_epochs, short.cooldown_epochs) == (0.5, 1)  # a tenth of the run, a tenth of each
-    recipe = train.choose_recipe("imagenet", CPU, {"batch_size": 1024, "amp": "off"})
-    assert recipe.lr == pytest.approx(2e-3)  # 5e-4 at 256, scaled
-    published = dict(weight_decay=0.05, min_lr=1e-5, warmup_epochs=5, epochs=310, cooldown_epochs=10, mixup=0.8,
-                     cutmix=1, smoothing=0.1, erasing=0.25, flip=0.5, crop_min=0.08, crop_max=1, randaugment=9,
-                     ema=0.99996, drop_path=0.1, model="s", img_size=224, patch_size=16, eval_crop=0.9)
-    assert {name: getattr(recipe, name) for name in published} == published
-
-
-def test_a_given_learning_rate_is_not_scaled():
-    assert train.choose_recipe("digits", CPU, {"batch_size": 96}).lr == pytest.approx(2 * train.Digits().lr)
-    assert train.choose_recipe("digits", CPU, {"batch_size": 96, "lr": 0.5}).lr == 0.5
-
-
-OTHER = {  # another value than any preset's, for every field of a recipe
-    "model": "s", "img_size": 24, "patch_size": 4, "refine": False, "share": False, "expand": 2, "kernel_size": 5,
-    "linear": True, "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
-    "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
-    "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,
-    "crop_min": 0.57, "crop_max": 1.7, "flip": 0.7, "turn": 7.0, "colour": 0.7, "randaugment": 7, "erasing": 0.7,
-    "eval_crop": 0.7, "seed": 7, "amp": "off",
-}
-
-
-@pytest.mark.parametrize("name", [item.name for item in fields(train.Recipe)])
-def test_every_field_is_a_flag(name):
-    flag, value = f"--{name.replace('_', '-')}", OTHER[name]
-    words = [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, str(value)]
-    _, given = train.parse(words)
-    assert given == {name: value}
-    assert train.parse([])[1] == {}
-    recipe = train.choose_recipe("imagenette", CPU, given)
-    assert getattr(recipe, name) == value
-    if name == "linear":
-        assert recipe.share is False
+# Flags
 
 
 @pytest.mark.parametrize("flags, config", [
@@ -130,30 +36,12 @@ def test_flags_of_the_model_reach_it(pictures, flags, config):
     assert found["num_classes"] == 3 and not found["dense"]
 
 
-def test_flags_of_the_training_reach_it(pictures):
-    run = run_of(pictures, "--crop-min", "0.5", "--crop-max", "0.9", "--flip", "0.1", "--turn", "5", "--colour", "0.2",
-                 "--erasing", "0.3")
-    augment = run.augment
-    assert (augment.area, augment.flip, augment.turn) == ((0.5, 0.9), 0.1, 5)
-    assert (augment.colour, augment.erasing, augment.size) == (0.2, 0.3, 16)
-    assert run_of(pictures, "--ema", "0").ema is None and run_of(pictures, "--ema", "0.9").ema is not None
-    assert run_of(pictures, "--weight-decay", "0.3").optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert run_of(pictures, "--lr", "0.3").optimizer.defaults["lr"] == 0.3
-    for amp, enabled, dtype in (("off", False, None), ("bf16", True, torch.bfloat16), ("fp16", True, torch.float16)):
-        run = run_of(pictures, "--amp", amp)
-        with hardware.autocast(CPU, run.recipe.amp):
-            assert torch.is_autocast_enabled("cpu") == enabled
-            assert not enabled or torch.get_autocast_dtype("cpu") == dtype
-    weights = [run_of(pictures, "--seed", seed).model.class_token for seed in ("1", "1", "2")]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
 def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     run = run_of(pictures, "--workers", "1", "--randaugment", "3", "--flip", "0.2", "--skip-bad", "--crop-min", "0.4")
     split = run.subset.train
-    assert (split.workers, split.skip_bad, split.seed) == (1, True, 0)
-    choice, flip, augment, _ = split.transform.alone.transforms
+    assert (split.loader.num_workers, split.skip_bad, split.seed) == (1, True, 0)
+    choice, flip, augment, _ = split.loader.dataset.transform.alone.transforms
     assert (augment.magnitude, flip.p, choice.transforms[0].scale) == (3, 0.2, (0.4, 1.0))
     assert run.augment.area is None
     loss, right, count, _ = run.evaluate()
@@ -185,311 +73,6 @@ def test_flags_that_do_not_go(pictures, flags, message):
 def test_no_gpu(pictures):
     with pytest.raises(UserError, match="--device cuda cannot be used here"):
         train.main(small(pictures, "--device", "cuda"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pieces of a step
-
-
-def test_schedule():
-    recipe = train.Recipe(lr=1e-2, min_lr=1e-4, epochs=10, cooldown_epochs=2, warmup_epochs=2)
-    share = train.schedule(recipe, steps_per_epoch=5)
-    values = [share(step) for step in range(50)]
-    assert values[0] == pytest.approx(1 / 11)  # not at full rate
-    assert all(b - a == pytest.approx(1 / 11) for a, b in zip(values[:9], values[1:10]))
-    assert values[10] == 1.0 and max(values) == 1.0
-    assert values[25] == pytest.approx(0.01 + 0.99 / 2)  # the middle of the cosine
-    assert all(a > b for a, b in zip(values[10:40], values[11:41]))
-    assert values[40:] == [pytest.approx(0.01)] * 10
-
-
-def test_decay_is_on_matrices_and_kernels_only(pictures):
-    run = run_of(pictures)
-    decay, rest = train.parameter_groups(run.model, 0.3)
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    chosen = {id(parameter) for parameter in decay["params"]}
-    for name, parameter in run.model.named_parameters():
-        is_kernel = name.endswith("weight") and parameter.ndim > 1
-        assert (id(parameter) in chosen) == is_kernel, name
-    assert len(decay["params"]) + len(rest["params"]) == len(list(run.model.parameters()))
-
-
-@pytest.mark.parametrize("flags", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.8, cutmix=1.0)], ids=str)
-def test_labels_are_mixed_as_the_pictures_are(flags):
-    """Every picture shows the number of its class, so the mean of a mixed picture is what its label must be."""
-    torch.manual_seed(0)
-    mix = train.make_mixing(train.Recipe(**flags), num_classes=8)
-    labels = torch.arange(8)
-    shares = set()
-    for _ in range(20):
-        images = labels.float()[:, None, None, None].expand(8, 3, 16, 16).clone()
-        mixed, (soft, _) = mix(images, Labels(labels))
-        torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
-        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), soft @ labels.float(), atol=1e-4, rtol=1e-4)
-        shares.add(round(soft.max(dim=1).values[0].item(), 4))
-    assert len(shares) > 5
-    images, same = train.make_mixing(train.Recipe(), 8)(images, Labels(labels))
-    assert same.image is labels
-
-
-def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
-    run, seen = run_of(pictures), []
-
-    def keep(images, labels):
-        seen.append((images, labels))
-        run.step += 1
-
-    monkeypatch.setattr(run, "train_step", keep)
-    run.mix = lambda images, labels: (images * 0 + 7, Labels(F.one_hot(labels.image, 3) / 2))
-    with train.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
-    assert len(seen) == 2
-    for images, labels in seen:
-        assert images.shape == (10, 3, 16, 16) and (images == 7).all()
-        assert labels.image.shape == (10, 3) and (labels.image.sum(dim=1) == 0.5).all()
-
-
-def test_train_step_follows_its_definition(pictures):
-    """One step of AdamW on smoothed cross-entropy, and the average of the weights after each, by hand."""
-    run = run_of(pictures, "--amp", "off", "--ema", "0.6", "--smoothing", "0.2", "--lr", "0.001")
-    twin = run_of(pictures, "--amp", "off", "--ema", "0.6").model.train()
-    optimizer = torch.optim.AdamW(train.parameter_groups(twin, run.recipe.weight_decay), lr=0.001)
-    average = {name: value.clone() for name, value in twin.state_dict().items()}
-    images, labels = torch.randn(10, 3, 16, 16), torch.arange(10) % 3
-    target = 0.8 * F.one_hot(labels, 3) + 0.2 / 3
-    run.wrapped.train()
-    for step in range(3):
-        run.train_step(images, Labels(labels))
-        for group in optimizer.param_groups:
-            group["lr"] = 0.001 * train.schedule(run.recipe, run.steps_per_epoch)(step)
-        loss = -(target * twin(images).log_softmax(dim=1)).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay = min(0.6, (1 + step) / (10 + step))
-        for name, value in twin.state_dict().items():
-            if value.is_floating_point():
-                average[name] = decay * average[name] + (1 - decay) * value
-        torch.testing.assert_close(run.loss.shown, loss.item(), atol=1e-5, rtol=1e-5)
-    for name, value in twin.state_dict().items():
-        if name.endswith(("qkv.bias", "reduce.1.bias")):
-            continue  # a softmax does not see the keys' bias, nor a BatchNorm one before it: noise, enlarged by Adam
-        torch.testing.assert_close(run.model.state_dict()[name], value, atol=1e-4, rtol=1e-4)
-        if value.is_floating_point():
-            torch.testing.assert_close(run.ema.state_dict()[name], average[name], atol=1e-4, rtol=1e-4)
-    assert run.loss.total[1] == 30 and run.step == 3
-    assert run.best_model is run.ema
-
-
-def test_every_picture_is_seen_once_an_epoch_in_another_order(pictures):
-    run = run_of(pictures, "--batch-size", "8")
-    first, second = run.order(0), run.order(1)
-    assert sorted(first.tolist()) == list(range(24)) and not torch.equal(first, second)
-    assert torch.equal(first, run.order(0))
-    assert not torch.equal(first, run_of(pictures, "--batch-size", "8", "--seed", "1").order(0))
-    assert len(run_of(pictures, "--batch-size", "10").order(0)) == 20
-
-
-def test_processes_share_a_batch(pictures):
-    run = run_of(pictures, "--batch-size", "8")
-    whole = run.order(0).split(8)
-    run.world = 2
-    shares = []
-    for run.rank in range(2):
-        shares.append(run.order(0).split(4))
-    for batch, one, two in zip(whole, *shares):
-        assert sorted(batch.tolist()) == sorted(one.tolist() + two.tolist())
-
-
-def test_the_mean_loss_is_a_mean_over_pictures():
-    watch = train.LossWatch(CPU)
-    watch.add(torch.tensor(1.0), 10, 0)
-    watch.add(torch.tensor(4.0), 5, 1)
-    assert watch.mean() == pytest.approx(2.0) and watch.shown == 4.0
-    with pytest.raises(UserError, match="not finite at step 7"):
-        watch.add(torch.tensor(math.inf), 5, 7)
-    with pytest.raises(UserError, match="not finite at step 7"):
-        watch.mean()
-
-
-def test_evaluation_is_exact(pictures):
-    run = run_of(pictures)
-    with torch.no_grad():
-        images = data.center_crop(run.subset.val.pictures, run.subset.val.aspects, 16)
-        logits = run.best_model.eval()(images)
-    loss, right, count, tokens = run.evaluate()
-    assert tokens is None and (right, count) == ((logits.argmax(dim=1) == run.subset.val.labels).sum(), 12)
-    assert loss == pytest.approx(F.cross_entropy(logits, run.subset.val.labels).item(), abs=1e-5)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Token labels
-
-
-@pytest.fixture(scope="module")
-def labels(pictures, tmp_path_factory):
-    return str(pack_labels(tmp_path_factory.mktemp("labels") / "store", names_of(pictures), *random_labels(24)))
-
-
-def test_relabel_teaches_a_token_head(pictures, labels):
-    run = run_of(pictures, "--relabel", labels)
-    assert run.recipe.dense_weight == 0.5 and run.model.config.dense
-    assert run.origin()["annotator"] == "hand at 64 px" and run.origin()["relabel"] == labels
-    assert run_of(pictures, "--relabel", labels, "--dense-weight", "0.2").criterion.dense_weight == 0.2
-    alone = run_of(pictures, "--relabel", labels, "--dense-weight", "0")  # ReLabel: the class token's label only
-    assert not alone.model.config.dense
-    assert not run_of(pictures).model.config.dense
-    assert run_of(pictures, "--dense-weight", "0.3").model.config.dense
-
-
-def test_a_step_learns_from_the_pooled_labels(pictures, labels, monkeypatch):
-    """What train_step is given: the labels of the maps under the boxes of the augmentation, in the order of the
-    pictures."""
-    run, seen = run_of(pictures, "--relabel", labels, "--flip", "0"), []
-    logits, ids = (torch.from_numpy(planes) for planes in random_labels(24))
-    augment = run.augment
-
-    def keep_boxes(batch):
-        seen.append(augment(batch))
-        return seen[-1]
-
-    def keep(images, given):
-        batch = seen[-1]
-        rows = run.order(0).split(10)[len(seen) - 1]
-        expected = pool_label_map(logits[rows].float(), ids[rows], batch.boxes, 3, 2)
-        torch.testing.assert_close(given.image, expected[0])
-        torch.testing.assert_close(given.tokens, expected[1])
-        assert torch.equal(images, batch.pictures)
-        run.step += 1
-
-    monkeypatch.setattr(run, "augment", keep_boxes)
-    monkeypatch.setattr(run, "train_step", keep)
-    with train.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
-    assert len(seen) == 2
-
-
-@pytest.mark.parametrize("flags, image, tokens", [
-    ((), (10, 3), (10, 4, 3)),
-    (("--no-token-labels",), (10, 3), None),
-    (("--dense-weight", "0"), (10, 3), None),
-])
-def test_which_labels_are_learnt_from(pictures, labels, flags, image, tokens):
-    run = run_of(pictures, "--relabel", labels, *flags)
-    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(10), 10))))
-    assert found.image.shape == image and (found.tokens.shape if tokens else found.tokens) == tokens
-
-
-def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
-    run, seen = run_of(pictures, "--mix-token", "--dense-weight", "0.5", "--amp", "off"), []
-    forward, criterion = run.model.forward, run.criterion
-
-    def keep(images, mix_box=None):
-        seen.append(mix_box)
-        return forward(images, mix_box)
-
-    def check(output, labels, share):
-        assert share == box_share(seen[-1], 2) and isinstance(output, RefinerOutput)
-        return criterion(output, labels, share)
-
-    monkeypatch.setattr(run.model, "forward", keep)
-    run.criterion = check
-    run.model.train()
-    for _ in range(6):
-        torch.manual_seed(run.step)
-        run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
-    assert len(set(seen)) > 1
-    run.recipe = replace(run.recipe, mix_token=False)
-    monkeypatch.setattr(run.model, "forward", lambda images, mix_box=None: seen.append(mix_box) or forward(images))
-    run.criterion = lambda output, labels, share: criterion(output, labels, seen.append(share) or share)
-    run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
-    assert seen[-2:] == [None, 0.0]
-
-
-@pytest.mark.parametrize("flags", [
-    ["--mix-token"], ["--mixup", "0.8", "--cutmix", "1.0", "--mix-token"], ["--turn", "20", "--crop-max", "1.3"],
-    ["--dense-weight", "0", "--mix-token"], ["--no-token-labels"], ["--compile", "--mix-token", "--cutmix", "1"],
-])
-def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeypatch):
-    compile_model = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: compile_model(net, backend="aot_eager"))
-    assert train.main(small(pictures, "--relabel", labels, "--out", "run", *flags)) == 0
-    assert len(rows_of("run")) == 2 and "val_token_accuracy" not in rows_of("run")[0]
-    assert train.main(["--eval", "--out", "run", "--subset", "folder", "--data", str(pictures)]) == 0
-
-
-def test_a_stream_with_maps_trains_as_a_decoded_set_does(pictures, labels, monkeypatch):
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
-    for workers in ("0", "2"):
-        flags = ["--relabel", labels, "--randaugment", "9", "--mix-token", "--cutmix", "1", "--workers", workers]
-        assert train.main(small(pictures, "--out", f"run{workers}", *flags)) == 0
-    assert_same_runs("run0", "run2")
-
-
-def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, monkeypatch):
-    flags = ["--relabel", labels, "--mix-token", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9"]
-    assert train.main(small(pictures, "--out", "whole", *flags)) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train.StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
-        assert train.main(small(pictures, "--out", "stopped", *flags)) == 128 + 15
-    assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0  # which knows its maps
-    assert_same_runs("whole", "stopped")
-    other = pack_labels(Path("other"), names_of(pictures), *random_labels(24), annotator="another")
-    with pytest.raises(UserError, match="annotator .hand at 64 px there, another at 64 px here."):
-        train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
-
-
-def test_maps_do_not_go_with_an_evaluation(pictures, labels):
-    with pytest.raises(UserError, match="--relabel does not go with --eval"):
-        train.main([*small(pictures), "--eval", "--relabel", labels])
-
-
-def test_pictures_without_maps_stop_a_run_before_it_starts(pictures):
-    store = pack_labels(Path("store"), names_of(pictures)[1:], *random_labels(23))
-    with pytest.raises(UserError, match="store has no map for 1 of the 24 training pictures"):
-        train.main(small(pictures, "--relabel", str(store), "--out", "run"))
-    assert not Path("run").exists()
-
-
-def test_digit_scenes(capsys):
-    """A little of the preset, and its tokens' accuracy: as counted here, and as --eval says."""
-    flags = ["--subset", "digit-scenes", "--device", "cpu", "--epochs", "1", "--lr", "1e-9"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.SceneSplit, "__len__", lambda self: 128)
-        assert train.main(flags) == 0
-    row = rows_of("runs/digit-scenes")[0]
-    assert json.loads(Path("runs/digit-scenes/config.json").read_text())["result"]["token_accuracy"] == float(
-        row["val_token_accuracy"])
-    assert "of tokens" in capsys.readouterr().out
-    assert train.main(["--eval", "--subset", "digit-scenes", "--device", "cpu"]) == 0
-    net, state = checkpoint.load_model("runs/digit-scenes/best.pt")
-    batch = next(data.load_subset("digit-scenes", None, 32).val.epoch(torch.arange(1000), 1000))
-    with torch.no_grad():
-        output = net.forward_head(net.forward_features(data.normalise(batch.pictures)))
-    labelled = batch.token_labels.sum(dim=2) > 0
-    right = (output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2))[labelled].float().mean().item()
-    said = re.search(r"of tokens ([\d.]+)%", capsys.readouterr().out.splitlines()[-1])
-    assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
-
-
-def test_tokens_without_a_label_do_not_count():
-    """A model that calls every token a 0 is right where a 0 is, and nowhere else."""
-    arguments = ["--subset", "digit-scenes", "--ema", "0"]
-    run = train.new_run(*train.parse(arguments), CPU, arguments)
-    with torch.no_grad():
-        run.model.token_head.bias[0] = 100
-    tokens = next(run.subset.val.epoch(torch.arange(1000), 1000)).token_labels.sum(dim=(0, 1))  # of each digit
-    assert run.evaluate().token_accuracy == pytest.approx((tokens[0] / tokens.sum()).item())
-
-
-@pytest.mark.parametrize("flags, tokens", [
-    ([], True), (["--no-token-labels"], False), (["--dense-weight", "0"], False)])
-def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
-    arguments = ["--subset", "digit-scenes", "--out", f"out{next(NUMBERS)}", *flags]
-    run = train.new_run(*train.parse(arguments), CPU, arguments)
-    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
-    assert found.image.shape == (4,) and (found.tokens is not None) == tokens
-    assert run.model.config.dense == ("0" not in flags)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,7 +121,7 @@ def test_photos(pictures, subset, capsys):
 
 
 def test_imagenet(tmp_path, capsys):
-    wnids = (data.ASSETS / "imagenet_wnids.txt").read_text().split()
+    wnids = data.imagenet_wnids()
     root = make_folder(tmp_path / "imagenet", train=1, val=1, size=(8, 8), classes=wnids)
     flags = ["--subset", "imagenet", "--data", str(root), "--model", "ti", "--img-size", "16", "--patch-size", "8",
              "--epochs", "1", "--batch-size", "500", "--workers", "2", "--device", "cpu"]
@@ -554,6 +137,27 @@ def test_imagenet(tmp_path, capsys):
     few = make_folder(tmp_path / "few", train=1, val=1)
     with pytest.raises(UserError, match=r"head.weight: \(1000, 384\) in the file, \(3, 384\) in the model"):
         train.main(["--subset", "folder", "--data", str(few), "--model", "s", "--patch-size", "16", *evaluate])
+
+
+def test_digit_scenes(capsys):
+    """A little of the preset, and its tokens' accuracy: as counted here, and as --eval says."""
+    flags = ["--subset", "digit-scenes", "--device", "cpu", "--epochs", "1", "--lr", "1e-9"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes.SceneSplit, "__len__", lambda self: 128)
+        assert train.main(flags) == 0
+    row = rows_of("runs/digit-scenes")[0]
+    assert json.loads(Path("runs/digit-scenes/config.json").read_text())["result"]["token_accuracy"] == float(
+        row["val_token_accuracy"])
+    assert "of tokens" in capsys.readouterr().out
+    assert train.main(["--eval", "--subset", "digit-scenes", "--device", "cpu"]) == 0
+    net, state = checkpoint.load_model("runs/digit-scenes/best.pt")
+    batch = next(data.load_subset("digit-scenes", None, 32).val.epoch(torch.arange(1000), 1000))
+    with torch.no_grad():
+        output = net.forward_head(net.forward_features(normalise(batch.pictures)))
+    labelled = batch.token_labels.sum(dim=2) > 0
+    right = (output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2))[labelled].float().mean().item()
+    said = re.search(r"of tokens ([\d.]+)%", capsys.readouterr().out.splitlines()[-1])
+    assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
 
 
 @pytest.mark.parametrize("flags", [["--no-refine"], ["--linear"], ["--no-share"], ["--expand", "1"], ["--amp", "bf16"],
@@ -580,37 +184,51 @@ def test_compile(pictures, monkeypatch):
     assert one == pytest.approx(two, abs=1e-3)
 
 
-def test_two_processes(pictures):
-    flags = small(pictures, "--out", "two", "--batch-size", "12", "--epochs", "1")
-    done = torchrun(*flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pictures to train on") == 1  # one process speaks for both
-    assert json.loads(Path("two/config.json").read_text())["processes"] == 2
-    row = rows_of("two")[0]
-    run = run_of(pictures, "--batch-size", "12")
-    run.restore(checkpoint.load("two/last.pt"))  # what was saved is what was evaluated, BatchNorm's statistics too
-    loss, right, *_ = run.evaluate()
-    assert right / 12 == float(row["val_accuracy"]) and loss == pytest.approx(float(row["val_loss"]), abs=1e-6)
-    assert run.loss.total[1] == 0  # an epoch's sums begin anew
-
-    done = torchrun(*small(pictures, "--out", "odd", "--batch-size", "11"))
-    assert "--batch-size 11 must be a multiple of the 2 processes" in done.stderr and not Path("odd").exists()
-    with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
-        train.main(["--resume", "two", "--device", "cpu"])
+# ----------------------------------------------------------------------------------------------------------------------
+# Token labels
 
 
-def test_two_processes_learn_from_maps(pictures, labels):
-    flags = ["--batch-size", "12", "--epochs", "1", "--mix-token", "--mixup", "0.8", "--cutmix", "1"]
-    done = torchrun(*small(pictures, "--out", "two", "--relabel", labels, *flags))
-    assert done.returncode == 0, done.stderr
-    state = checkpoint.load("two/last.pt")
-    assert state["processes"] == 2 and state["config"]["dense"] and state["annotator"] == "hand at 64 px"
+def test_relabel_teaches_a_token_head(pictures, labels):
+    run = run_of(pictures, "--relabel", labels)
+    assert run.recipe.dense_weight == 0.5 and run.model.config.dense
+    assert run.origin()["annotator"] == "hand at 64 px" and run.origin()["relabel"] == labels
+    assert run_of(pictures, "--relabel", labels, "--dense-weight", "0.2").criterion.dense_weight == 0.2
+    alone = run_of(pictures, "--relabel", labels, "--dense-weight", "0")  # ReLabel: the class token's label only
+    assert not alone.model.config.dense
+    assert not run_of(pictures).model.config.dense
+    assert run_of(pictures, "--dense-weight", "0.3").model.config.dense
 
 
-def torchrun(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "refiner_min.train", *flags]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("flags", [
+    ["--mix-token"], ["--mixup", "0.8", "--cutmix", "1.0", "--mix-token"], ["--turn", "20", "--crop-max", "1.3"],
+    ["--dense-weight", "0", "--mix-token"], ["--no-token-labels"], ["--compile", "--mix-token", "--cutmix", "1"],
+])
+def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeypatch):
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compile_model(net, backend="aot_eager"))
+    assert train.main(small(pictures, "--relabel", labels, "--out", "run", *flags)) == 0
+    assert len(rows_of("run")) == 2 and "val_token_accuracy" not in rows_of("run")[0]
+    assert train.main(["--eval", "--out", "run", "--subset", "folder", "--data", str(pictures)]) == 0
+
+
+def test_a_stream_with_maps_trains_as_a_decoded_set_does(pictures, labels, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    for workers in ("0", "2"):
+        flags = ["--relabel", labels, "--randaugment", "9", "--mix-token", "--cutmix", "1", "--workers", workers]
+        assert train.main(small(pictures, "--out", f"run{workers}", *flags)) == 0
+    assert_same_runs("run0", "run2")
+
+
+def test_maps_do_not_go_with_an_evaluation(pictures, labels):
+    with pytest.raises(UserError, match="--relabel does not go with --eval"):
+        train.main([*small(pictures), "--eval", "--relabel", labels])
+
+
+def test_pictures_without_maps_stop_a_run_before_it_starts(pictures):
+    store = pack_labels(Path("store"), names_of(pictures)[1:], *random_labels(23))
+    with pytest.raises(UserError, match="store has no map for 1 of the 24 training pictures"):
+        train.main(small(pictures, "--relabel", str(store), "--out", "run"))
+    assert not Path("run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -689,13 +307,26 @@ def test_stopped_at_any_step_and_resumed_is_as_never_stopped(pictures, monkeypat
         self.signal = signal.SIGTERM if step == stop_after else self.signal
         return self.signal is not None
 
-    monkeypatch.setattr(train.StopRequest, "agreed", stop)
+    monkeypatch.setattr(engine.StopRequest, "agreed", stop)
     assert train.main([*flags, "--out", "stopped"]) == 143
     assert checkpoint.load("stopped/last.pt")["step"] == stop_after
-    monkeypatch.setattr(train.StopRequest, "agreed", lambda *arguments: False)
+    monkeypatch.setattr(engine.StopRequest, "agreed", lambda *arguments: False)
     torch.manual_seed(99)  # another state of the generators
     assert train.main(["--resume", "stopped", "--device", "cpu", "--workers", "1"]) == 0
     assert_same_runs("whole", "stopped")
+
+
+def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, monkeypatch):
+    flags = ["--relabel", labels, "--mix-token", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9"]
+    assert train.main(small(pictures, "--out", "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
+        assert train.main(small(pictures, "--out", "stopped", *flags)) == 128 + 15
+    assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0  # which knows its maps
+    assert_same_runs("whole", "stopped")
+    other = pack_labels(Path("other"), names_of(pictures), *random_labels(24), annotator="another")
+    with pytest.raises(UserError, match="annotator .hand at 64 px there, another at 64 px here."):
+        train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_not_the_run(pictures, capsys):
@@ -800,32 +431,13 @@ def test_an_out_that_cannot_be_made(pictures):
     assert Path("file").read_text() == "precious"
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(pictures, monkeypatch):
-    real = train.F.cross_entropy
-
-    def explode(logits, labels, **options):
-        loss = real(logits, labels, **options)
-        return loss * math.nan if "label_smoothing" in options and explode.step == 3 else count(loss, options)
-
-    def count(loss, options):
-        explode.step += "label_smoothing" in options
-        return loss
-
-    explode.step = 0
-    monkeypatch.setattr(train.F, "cross_entropy", explode)
-    with pytest.raises(UserError, match="the loss was not finite at step 3"):
-        train.main(small(pictures, "--out", "a"))
-    state = checkpoint.load("a/last.pt")
-    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
-
-
 def test_a_disk_that_fills_up(pictures):
-    code = ("import resource, sys\nfrom refiner_min import run_command, train\n"
-            "save = train.checkpoint.save\n"
+    code = ("import resource, sys\nfrom refiner_min import checkpoint, run_command, train\n"
+            "save = checkpoint.save\n"
             "def fill(state, path, **options):\n"
             "    if state.get('step'): resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
             "    save(state, path, **options)\n"
-            "train.checkpoint.save = fill\n"
+            "checkpoint.save = fill\n"
             "run_command(lambda: train.main(sys.argv[1:]))")
     command = [sys.executable, "-c", code, *small(pictures, "--out", "full")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,230 @@
+"""A split as batches of uint8 pictures: decoded once and kept in memory, or streamed from disk by worker processes.
+
+    split.to(device), len(split), split.cropped (its pictures are as large as the images), split.note
+    split.epoch(indices, batch_size, epoch) -> Batches of the pictures with these indices
+
+scenes.SceneSplit is a third one. It imports pictures, label_store (the maps that go with pictures) and augment's Batch.
+"""
+
+import hashlib
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+from refiner_min import UserError, replacing, some
+from refiner_min.augment import Batch
+from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
+from refiner_min.pictures import SKIP_HINT, read_picture, squash
+
+CACHE_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class PictureMaps:
+    """The label maps of a split's pictures, read batch by batch."""
+
+    store: PackedLabels | LabelFiles
+    keys: np.ndarray  # each picture's in the store
+
+    def read(self, indices) -> LabelMap:
+        return self.store.read(self.keys[indices])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoded
+
+
+@dataclass
+class MemorySplit:
+    """A decoded split: every picture squashed to a square, so that a crop is a box of fractions of its sides."""
+
+    pictures: torch.Tensor  # (n, channels, S, S) uint8
+    aspects: torch.Tensor  # (n,) float32
+    labels: torch.Tensor  # (n,) int64
+    names: list[str] = field(default_factory=list)  # CLASS/STEM of each; a built-in set has none
+    maps: PictureMaps | None = None
+    cropped = False  # the pictures of a batch are whole
+    note = ""  # what a run says of such a set
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device) -> "MemorySplit":
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("pictures", "aspects", "labels")})
+
+    def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
+        """Yield the Batches of the indices; nothing in them depends on the epoch."""
+        on_device = indices.to(self.labels.device)
+        for batch, here in zip(on_device.split(batch_size), indices.split(batch_size)):
+            label_map = None
+            if self.maps is not None:
+                planes = self.maps.read(here.numpy())
+                pinned = (plane.pin_memory() if self.labels.is_cuda else plane for plane in planes)
+                label_map = LabelMap(*(plane.to(self.labels.device, non_blocking=True) for plane in pinned))
+            yield Batch(self.pictures[batch], self.aspects[batch], self.labels[batch], label_map)
+
+
+def picture_names(folder: ImageFolder) -> list[str]:
+    """CLASS/STEM of every picture: its path below the split without the suffix."""
+    return [Path(path).relative_to(folder.root).with_suffix("").as_posix() for path, _ in folder.samples]
+
+
+def decode(folder: ImageFolder, size: int, skip_bad: bool) -> MemorySplit:
+    """A folder's pictures as squares of size pixels, from the cache beside it if that still fits them.
+    UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
+    root, samples = Path(folder.root), [(Path(path), label) for path, label in folder.samples]
+    listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in samples)
+    key = hashlib.sha256(f"{CACHE_FORMAT} {size} {skip_bad}\n{listing}".encode()).hexdigest()
+    cache = root.with_name(f"refiner_min-{root.name}-{size}px.pt")
+    try:
+        stored = torch.load(cache, weights_only=True)
+        if stored["key"] == key:
+            return MemorySplit(*stored["split"])
+    except Exception:  # no cache, or a damaged one: it is made again
+        pass
+    split = _decode(folder, root.name, size, skip_bad)
+    try:
+        with replacing(cache) as file:
+            torch.save({"key": key, "split": (split.pictures, split.aspects, split.labels, split.names)}, file)
+    except UserError as error:
+        print(f"not cached, so the pictures will be decoded again next time: {error}")
+    return split
+
+
+def _decode(folder: ImageFolder, split: str, size: int, skip_bad: bool) -> MemorySplit:
+    def square(path):
+        try:
+            picture = read_picture(path)
+        except UserError as error:
+            return str(error)
+        return squash(picture, size), picture.width / picture.height
+
+    paths = [path for path, _ in folder.samples]
+    pictures = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    aspects, bad = torch.empty(len(paths)), {}
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(square, paths), f"decoding {split}", len(paths), unit=" pictures", disable=None)
+        for index, result in enumerate(results):
+            if not isinstance(result, str):
+                pictures[index], aspects[index] = result
+            elif skip_bad:
+                bad[index] = result
+            else:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise UserError(f"{result}; {SKIP_HINT}")
+    labels, names = torch.tensor(folder.targets), picture_names(folder)
+    if not bad:
+        return MemorySplit(pictures, aspects, labels, names)
+    print(f"left out {len(bad)} of {len(paths)} in {split}: {some(list(bad.values()))}")
+    good = torch.tensor([index not in bad for index in range(len(paths))])
+    lost = sorted(set(folder.targets) - set(labels[good].tolist()))
+    if lost:
+        raise UserError(f"no readable picture in {folder.root} for {some([folder.classes[index] for index in lost])}")
+    names = [name for index, name in enumerate(names) if index not in bad]
+    return MemorySplit(pictures[good], aspects[good], labels[good], names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streamed
+
+
+class StreamSplit:
+    """A split that is read from disk as it is needed, by worker processes.
+
+    transform: PIL picture -> (3, size, size) uint8; with maps, picture and its LabelMap -> those two and the crop's
+    box. What is random in it depends on seed, epoch and picture only, never on the workers. keep_workers: they live as
+    long as the split does, not for an epoch only.
+    A picture that cannot be read is a UserError naming it, or with skip_bad left out and counted.
+    """
+
+    cropped = True  # by the transform: the pictures of a batch are as large as the images
+    note = ", streamed (--turn and --colour are for decoded sets)"
+
+    def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
+                 maps: PictureMaps | None = None, keep_workers: bool = True):
+        self.samples, self.seed, self.skip_bad, self.bad = folder.samples, seed, skip_bad, set()
+        self.device = torch.device("cpu")
+        self.batches = []  # of (index, seed), filled anew for every epoch
+        self.loader = DataLoader(
+            _Samples(folder.samples, transform, maps), batch_sampler=self.batches, num_workers=workers,
+            collate_fn=_collate, pin_memory=torch.cuda.is_available(), persistent_workers=keep_workers and workers > 0,
+            worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: training's is not drawn from
+
+    def __len__(self):
+        return len(self.samples)
+
+    def to(self, device) -> "StreamSplit":
+        """The same split, with the same workers, whose batches are on the device."""
+        there = copy(self)
+        there.device = torch.device(device)
+        return there
+
+    def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
+        """Yield the Batches of the indices."""
+        seeded = [(index, hash((self.seed, epoch, index))) for index in indices.tolist()]
+        self.batches[:] = [seeded[start:start + batch_size] for start in range(0, len(seeded), batch_size)]
+        for batch, bad in self.loader:
+            for message in bad:
+                self._leave_out(message)
+            if batch is None:
+                raise UserError(f"no picture of a whole batch could be read; the last one: {bad[-1]}")
+            yield batch.to(self.device)
+
+    def _leave_out(self, message: str):
+        if isinstance(message, _BadMap):
+            raise UserError(message)
+        if not self.skip_bad:
+            raise UserError(f"{message}; {SKIP_HINT}")
+        if message not in self.bad:
+            self.bad.add(message)
+            tqdm.write(f"left out, {len(self.bad)} so far: {message}")
+
+
+class _Samples(Dataset):
+    def __init__(self, samples, transform, maps: PictureMaps | None):
+        self.samples, self.transform, self.maps = samples, transform, maps
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index_and_seed):
+        index, seed = index_and_seed
+        path, label = self.samples[index]
+        try:
+            picture = read_picture(path)
+        except UserError as error:
+            return str(error)
+        try:
+            label_map = None if self.maps is None else self.maps.read([index])
+        except UserError as error:
+            return _BadMap(error)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if label_map is None:
+                return self.transform(picture), torch.tensor(1.0), torch.tensor(label)
+            picture, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))
+            return picture, torch.tensor(1.0), torch.tensor(label), label_map, box
+
+
+class _BadMap(str):
+    """What is wrong with a label map. Unlike a picture that is bad, it is not left out."""
+
+
+def _collate(samples) -> tuple[Batch | None, list[str]]:
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    batch = Batch(*default_collate(good)) if good else None
+    return batch, [sample for sample in samples if isinstance(sample, str)]
+
+
+def ignore_signals(worker: int):
+    """Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the main process to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

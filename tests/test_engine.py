@@ -1,0 +1,260 @@
+"""engine.py: every piece of a step against its definition, evaluation, and what is learnt from."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from refiner_min import UserError, augment, checkpoint, engine, hardware, train
+from refiner_min.model import RefinerOutput
+from refiner_min.recipes import Recipe, schedule
+from refiner_min.relabel import Labels, box_share, pool_label_map
+from tests.pictures import random_labels
+from tests.runs import CPU, NUMBERS, run_of, small
+
+
+def test_flags_of_the_training_reach_it(pictures):
+    run = run_of(pictures, "--crop-min", "0.5", "--crop-max", "0.9", "--flip", "0.1", "--turn", "5", "--colour", "0.2",
+                 "--erasing", "0.3")
+    augment = run.augment
+    assert (augment.area, augment.flip, augment.turn) == ((0.5, 0.9), 0.1, 5)
+    assert (augment.colour, augment.erasing, augment.size) == (0.2, 0.3, 16)
+    assert run_of(pictures, "--ema", "0").ema is None and run_of(pictures, "--ema", "0.9").ema is not None
+    assert run_of(pictures, "--weight-decay", "0.3").optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert run_of(pictures, "--lr", "0.3").optimizer.defaults["lr"] == 0.3
+    for amp, enabled, dtype in (("off", False, None), ("bf16", True, torch.bfloat16), ("fp16", True, torch.float16)):
+        run = run_of(pictures, "--amp", amp)
+        with hardware.autocast(CPU, run.recipe.amp):
+            assert torch.is_autocast_enabled("cpu") == enabled
+            assert not enabled or torch.get_autocast_dtype("cpu") == dtype
+    weights = [run_of(pictures, "--seed", seed).model.class_token for seed in ("1", "1", "2")]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_decay_is_on_matrices_and_kernels_only(pictures):
+    run = run_of(pictures)
+    decay, rest = engine.parameter_groups(run.model, 0.3)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    chosen = {id(parameter) for parameter in decay["params"]}
+    for name, parameter in run.model.named_parameters():
+        is_kernel = name.endswith("weight") and parameter.ndim > 1
+        assert (id(parameter) in chosen) == is_kernel, name
+    assert len(decay["params"]) + len(rest["params"]) == len(list(run.model.parameters()))
+
+
+@pytest.mark.parametrize("flags", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.8, cutmix=1.0)], ids=str)
+def test_labels_are_mixed_as_the_pictures_are(flags):
+    """Every picture shows the number of its class, so the mean of a mixed picture is what its label must be."""
+    torch.manual_seed(0)
+    mix = engine.make_mixing(Recipe(**flags), num_classes=8)
+    labels = torch.arange(8)
+    shares = set()
+    for _ in range(20):
+        images = labels.float()[:, None, None, None].expand(8, 3, 16, 16).clone()
+        mixed, (soft, _) = mix(images, Labels(labels))
+        torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
+        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), soft @ labels.float(), atol=1e-4, rtol=1e-4)
+        shares.add(round(soft.max(dim=1).values[0].item(), 4))
+    assert len(shares) > 5
+    images, same = engine.make_mixing(Recipe(), 8)(images, Labels(labels))
+    assert same.image is labels
+
+
+def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
+    run, seen = run_of(pictures), []
+
+    def keep(images, labels):
+        seen.append((images, labels))
+        run.step += 1
+
+    monkeypatch.setattr(run, "train_step", keep)
+    run.mix = lambda images, labels: (images * 0 + 7, Labels(F.one_hot(labels.image, 3) / 2))
+    with engine.StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True))
+    assert len(seen) == 2
+    for images, labels in seen:
+        assert images.shape == (10, 3, 16, 16) and (images == 7).all()
+        assert labels.image.shape == (10, 3) and (labels.image.sum(dim=1) == 0.5).all()
+
+
+def test_train_step_follows_its_definition(pictures):
+    """One step of AdamW on smoothed cross-entropy, and the average of the weights after each, by hand."""
+    run = run_of(pictures, "--amp", "off", "--ema", "0.6", "--smoothing", "0.2", "--lr", "0.001")
+    twin = run_of(pictures, "--amp", "off", "--ema", "0.6").model.train()
+    optimizer = torch.optim.AdamW(engine.parameter_groups(twin, run.recipe.weight_decay), lr=0.001)
+    average = {name: value.clone() for name, value in twin.state_dict().items()}
+    images, labels = torch.randn(10, 3, 16, 16), torch.arange(10) % 3
+    target = 0.8 * F.one_hot(labels, 3) + 0.2 / 3
+    run.wrapped.train()
+    for step in range(3):
+        run.train_step(images, Labels(labels))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.001 * schedule(run.recipe, run.steps_per_epoch)(step)
+        loss = -(target * twin(images).log_softmax(dim=1)).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, value in twin.state_dict().items():
+            if value.is_floating_point():
+                average[name] = decay * average[name] + (1 - decay) * value
+        torch.testing.assert_close(run.loss.shown, loss.item(), atol=1e-5, rtol=1e-5)
+    for name, value in twin.state_dict().items():
+        if name.endswith(("qkv.bias", "reduce.1.bias")):
+            continue  # a softmax does not see the keys' bias, nor a BatchNorm one before it: noise, enlarged by Adam
+        torch.testing.assert_close(run.model.state_dict()[name], value, atol=1e-4, rtol=1e-4)
+        if value.is_floating_point():
+            torch.testing.assert_close(run.ema.state_dict()[name], average[name], atol=1e-4, rtol=1e-4)
+    assert run.loss.total[1] == 30 and run.step == 3
+    assert run.best_model is run.ema
+
+
+def test_every_picture_is_seen_once_an_epoch_in_another_order(pictures):
+    run = run_of(pictures, "--batch-size", "8")
+    first, second = run.order(0), run.order(1)
+    assert sorted(first.tolist()) == list(range(24)) and not torch.equal(first, second)
+    assert torch.equal(first, run.order(0))
+    assert not torch.equal(first, run_of(pictures, "--batch-size", "8", "--seed", "1").order(0))
+    assert len(run_of(pictures, "--batch-size", "10").order(0)) == 20
+
+
+def test_processes_share_a_batch(pictures):
+    run = run_of(pictures, "--batch-size", "8")
+    whole = run.order(0).split(8)
+    run.world = 2
+    shares = []
+    for run.rank in range(2):
+        shares.append(run.order(0).split(4))
+    for batch, one, two in zip(whole, *shares):
+        assert sorted(batch.tolist()) == sorted(one.tolist() + two.tolist())
+
+
+def test_the_mean_loss_is_a_mean_over_pictures():
+    watch = engine.LossWatch(CPU)
+    watch.add(torch.tensor(1.0), 10, 0)
+    watch.add(torch.tensor(4.0), 5, 1)
+    assert watch.mean() == pytest.approx(2.0) and watch.shown == 4.0
+    with pytest.raises(UserError, match="not finite at step 7"):
+        watch.add(torch.tensor(math.inf), 5, 7)
+    with pytest.raises(UserError, match="not finite at step 7"):
+        watch.mean()
+
+
+def test_evaluation_is_exact(pictures):
+    run = run_of(pictures)
+    with torch.no_grad():
+        images = augment.center_crop(run.subset.val.pictures, run.subset.val.aspects, 16)
+        logits = run.best_model.eval()(images)
+    loss, right, count, tokens = run.evaluate()
+    assert tokens is None and (right, count) == ((logits.argmax(dim=1) == run.subset.val.labels).sum(), 12)
+    assert loss == pytest.approx(F.cross_entropy(logits, run.subset.val.labels).item(), abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(pictures, monkeypatch):
+    real = engine.F.cross_entropy
+
+    def explode(logits, labels, **options):
+        loss = real(logits, labels, **options)
+        return loss * math.nan if "label_smoothing" in options and explode.step == 3 else count(loss, options)
+
+    def count(loss, options):
+        explode.step += "label_smoothing" in options
+        return loss
+
+    explode.step = 0
+    monkeypatch.setattr(engine.F, "cross_entropy", explode)
+    with pytest.raises(UserError, match="the loss was not finite at step 3"):
+        train.main(small(pictures, "--out", "a"))
+    state = checkpoint.load("a/last.pt")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token labels
+
+
+def test_a_step_learns_from_the_pooled_labels(pictures, labels, monkeypatch):
+    """What train_step is given: the labels of the maps under the boxes of the augmentation, in the order of the
+    pictures."""
+    run, seen = run_of(pictures, "--relabel", labels, "--flip", "0"), []
+    logits, ids = (torch.from_numpy(planes) for planes in random_labels(24))
+    augment = run.augment
+
+    def keep_boxes(batch):
+        seen.append(augment(batch))
+        return seen[-1]
+
+    def keep(images, given):
+        batch = seen[-1]
+        rows = run.order(0).split(10)[len(seen) - 1]
+        expected = pool_label_map(logits[rows].float(), ids[rows], batch.boxes, 3, 2)
+        torch.testing.assert_close(given.image, expected[0])
+        torch.testing.assert_close(given.tokens, expected[1])
+        assert torch.equal(images, batch.pictures)
+        run.step += 1
+
+    monkeypatch.setattr(run, "augment", keep_boxes)
+    monkeypatch.setattr(run, "train_step", keep)
+    with engine.StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("flags, image, tokens", [
+    ((), (10, 3), (10, 4, 3)),
+    (("--no-token-labels",), (10, 3), None),
+    (("--dense-weight", "0"), (10, 3), None),
+])
+def test_which_labels_are_learnt_from(pictures, labels, flags, image, tokens):
+    run = run_of(pictures, "--relabel", labels, *flags)
+    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(10), 10))))
+    assert found.image.shape == image and (found.tokens.shape if tokens else found.tokens) == tokens
+
+
+def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
+    run, seen = run_of(pictures, "--mix-token", "--dense-weight", "0.5", "--amp", "off"), []
+    forward, criterion = run.model.forward, run.criterion
+
+    def keep(images, mix_box=None):
+        seen.append(mix_box)
+        return forward(images, mix_box)
+
+    def check(output, labels, share):
+        assert share == box_share(seen[-1], 2) and isinstance(output, RefinerOutput)
+        return criterion(output, labels, share)
+
+    monkeypatch.setattr(run.model, "forward", keep)
+    run.criterion = check
+    run.model.train()
+    for _ in range(6):
+        torch.manual_seed(run.step)
+        run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
+    assert len(set(seen)) > 1
+    run.recipe = replace(run.recipe, mix_token=False)
+    monkeypatch.setattr(run.model, "forward", lambda images, mix_box=None: seen.append(mix_box) or forward(images))
+    run.criterion = lambda output, labels, share: criterion(output, labels, seen.append(share) or share)
+    run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
+    assert seen[-2:] == [None, 0.0]
+
+
+def test_tokens_without_a_label_do_not_count():
+    """A model that calls every token a 0 is right where a 0 is, and nowhere else."""
+    arguments = ["--subset", "digit-scenes", "--ema", "0"]
+    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    with torch.no_grad():
+        run.model.token_head.bias[0] = 100
+    tokens = next(run.subset.val.epoch(torch.arange(1000), 1000)).token_labels.sum(dim=(0, 1))  # of each digit
+    assert run.evaluate().token_accuracy == pytest.approx((tokens[0] / tokens.sum()).item())
+
+
+@pytest.mark.parametrize("flags, tokens", [
+    ([], True), (["--no-token-labels"], False), (["--dense-weight", "0"], False)])
+def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
+    arguments = ["--subset", "digit-scenes", "--out", f"out{next(NUMBERS)}", *flags]
+    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
+    assert found.image.shape == (4,) and (found.tokens is not None) == tokens
+    assert run.model.config.dense == ("0" not in flags)

@@ -1,0 +1,194 @@
+"""splits.py: decoded once and cached, or streamed alike by any number of workers; pictures with their label maps."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner_min import UserError, data, splits
+from refiner_min.augment import StreamAugmentation
+from tests.pictures import CLASSES, make_folder, names_of, pack_labels, random_labels
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoded
+
+
+def test_folder_is_decoded_and_cached(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set", size=(60, 30))
+    subset = data.load_subset("folder", str(root), 16)
+    assert subset.classes == list(CLASSES) and subset.class_names == ["tench", "English springer", "cassette player"]
+    assert subset.train.pictures.shape == (18, 3, 20, 20) and len(subset.val) == 9
+    assert subset.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert (subset.train.aspects == 2).all()
+
+    monkeypatch.setattr(splits, "read_picture", lambda path: pytest.fail("the cache was not used"))
+    again = data.load_subset("folder", str(root), 16)
+    assert torch.equal(again.train.pictures, subset.train.pictures) and torch.equal(again.val.labels, subset.val.labels)
+    monkeypatch.undo()
+
+    cache = root / "refiner_min-train-20px.pt"
+    cache.write_bytes(cache.read_bytes()[:1000])  # a damaged cache is made again
+    assert torch.equal(data.load_subset("folder", str(root), 16).train.pictures, subset.train.pictures)
+    Image.new("RGB", (30, 30)).save(root / "train" / CLASSES[0] / "new.png")  # so is one of other pictures
+    assert len(data.load_subset("folder", str(root), 16).train) == 19
+
+
+def test_what_cannot_be_cached_is_still_read(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "set")
+
+    def refuse(*paths):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert len(data.load_subset("folder", str(root), 16).train) == 18
+    assert "not cached" in capsys.readouterr().out
+    assert sorted(file.name for file in root.iterdir()) == ["train", "val"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_truncated_picture_stops_or_is_skipped(tmp_path, capsys):
+    root = make_folder(tmp_path / "set")
+    truncate(root / "train" / CLASSES[1] / "3.png")
+    with pytest.raises(UserError, match=r"train.n02102040.3.png is not a picture that can be read .*--skip-bad"):
+        data.load_subset("folder", str(root), 16)
+    subset = data.load_subset("folder", str(root), 16, skip_bad=True)
+    assert subset.train.labels.bincount().tolist() == [6, 5, 6]
+    assert "left out 1 of 18 in train: " in capsys.readouterr().out
+    for file in (root / "train" / CLASSES[1]).iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no readable picture in .*train for n02102040"):
+        data.load_subset("folder", str(root), 16, skip_bad=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streamed
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """A folder that is too large for the memory it may take."""
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+    return make_folder(tmp_path / "set")
+
+
+def batches(split, epoch=0, count=18):
+    return [[tensor.clone() for tensor in batch[:3]] for batch in split.epoch(torch.arange(count), 4, epoch)]
+
+
+def test_a_stream_depends_on_seed_and_epoch_not_on_workers(streamed):
+    def stream(workers, seed=0):
+        return data.load_subset("folder", str(streamed), 16, workers=workers, seed=seed,
+                                transform=StreamAugmentation(16, magnitude=9)).train
+
+    first = batches(stream(0))
+    assert [len(labels) for _, _, labels in first] == [4, 4, 4, 4, 2]
+    assert first[0][0].shape == (4, 3, 16, 16) and first[0][0].dtype == torch.uint8
+    for one, two in zip(first, batches(stream(2))):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+    assert not torch.equal(first[0][0], batches(stream(0), epoch=1)[0][0])
+    assert not torch.equal(first[0][0], batches(stream(0, seed=1))[0][0])
+    state = torch.get_rng_state()
+    batches(stream(0))
+    assert torch.equal(torch.get_rng_state(), state)  # the workers' chance is not training's
+
+
+def test_a_streamed_validation_is_cropped_in_the_middle(streamed):
+    split = data.load_subset("folder", str(streamed), 16, eval_crop=0.8).val
+    pictures, aspects, labels, *_ = next(split.epoch(torch.arange(2), 2))
+    with Image.open(streamed / "val" / CLASSES[0] / "0.png") as picture:  # 40 x 30: the shorter side becomes 20
+        resized = picture.resize((26, 20), Image.Resampling.BICUBIC)
+        expected = np.asarray(resized.crop((5, 2, 21, 18)))
+    assert np.abs(pictures[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+    assert labels.tolist() == [0, 0] and (aspects == 1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_picture_stops_a_stream_or_is_skipped(streamed, capsys, workers):
+    truncate(streamed / "train" / CLASSES[0] / "1.png")
+    with pytest.raises(UserError, match=r"1.png is not a picture that can be read"):
+        batches(data.load_subset("folder", str(streamed), 16, workers=workers).train)
+    found = batches(data.load_subset("folder", str(streamed), 16, workers=workers, skip_bad=True).train)
+    assert [len(labels) for _, _, labels in found] == [3, 4, 4, 4, 2]
+    assert "left out, 1 so far: " in capsys.readouterr().out
+    for number in range(4):
+        (streamed / "train" / CLASSES[0] / f"{number}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="no picture of a whole batch could be read"):
+        batches(data.load_subset("folder", str(streamed), 16, workers=workers, skip_bad=True).train)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# With label maps
+
+
+def test_label_maps_come_with_their_pictures(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "set", size=(60, 30))
+    names = names_of(root)
+    logits, ids = random_labels(18)
+    shuffled = np.random.default_rng(1).permutation(18)  # a store's rows are in an order of its own
+    store = pack_labels(tmp_path / "labels", [names[row] for row in shuffled], logits[shuffled], ids[shuffled])
+    for limit in (data.MEMORY_LIMIT, 1000):
+        monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+        for workers in (0, 2):
+            still = StreamAugmentation(16, (1.0, 1.0), flip=0.0, magnitude=0)
+            subset = data.load_subset("folder", str(root), 16, labels=str(store), transform=still, workers=workers)
+            assert isinstance(subset.train, splits.StreamSplit if limit == 1000 else splits.MemorySplit)
+            assert (subset.relabel, subset.annotator) == (str(store), "hand at 64 px")
+            indices = torch.tensor([4, 17, 0, 9, 2])
+            found = list(subset.train.epoch(indices, 3))
+            for batch, here in zip(found, indices.split(3)):
+                assert batch.labels.tolist() == [int(index) // 6 for index in here]
+                assert torch.equal(batch.label_map.logits, torch.from_numpy(logits[here]).float())
+                assert torch.equal(batch.label_map.ids, torch.from_numpy(ids[here]))
+                assert batch.boxes is None if limit != 1000 else batch.boxes.shape == (len(here), 4)
+            assert next(subset.val.epoch(torch.arange(2), 2)).label_map is None
+
+
+def test_a_stream_with_maps_depends_on_seed_and_epoch_not_on_workers(streamed):
+    store = pack_labels(streamed.parent / "labels", names_of(streamed), *random_labels(18))
+
+    def first(workers, seed=0, epoch=0):
+        split = data.load_subset("folder", str(streamed), 16, labels=str(store), workers=workers, seed=seed).train
+        batch = next(split.epoch(torch.arange(4), 4, epoch))
+        return [batch.pictures, *batch.label_map, batch.boxes]
+
+    for one, two in zip(first(0), first(2)):
+        assert torch.equal(one, two)
+    assert not torch.equal(first(0)[3], first(0, seed=1)[3]) and not torch.equal(first(0)[3], first(0, epoch=1)[3])
+
+
+def test_a_picture_without_a_map_stops_before_anything_is_read(tmp_path, streamed):
+    store = pack_labels(tmp_path / "labels", names_of(streamed)[:-2], *random_labels(16))
+    with pytest.raises(UserError, match="has no map for 2 of the 18 training pictures"):
+        data.load_subset("folder", str(streamed), 16, labels=str(store))
+    with pytest.raises(UserError, match="--relabel there does not go with --subset digits"):
+        data.load_subset("digits", None, 16, labels="there")
+
+
+def test_what_the_annotator_left_out_is_left_out_of_a_stream(tmp_path, streamed):
+    names = names_of(streamed)
+    store = pack_labels(tmp_path / "labels", names, *random_labels(18), skipped=[names[3]])
+    with pytest.raises(UserError, match=f"has no map for 1 of the 18 training pictures, {names[3]}"):
+        data.load_subset("folder", str(streamed), 16, labels=str(store))
+    split = data.load_subset("folder", str(streamed), 16, labels=str(store), skip_bad=True).train
+    assert len(split) == 17
+    batch = next(split.epoch(torch.tensor([2, 3]), 2))
+    assert batch.labels.tolist() == [0, 0] and len(batch.label_map.ids) == 2
+
+
+def test_a_bad_map_of_a_stream_is_named(streamed):
+    for name in names_of(streamed):
+        path = streamed.parent / "maps" / f"{name}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.zeros(2, 2, 4, 4), path)
+    torch.save(torch.full((2, 2, 4, 4), 7.0), path)
+    for workers in (0, 1):
+        for skip_bad in (False, True):  # a bad map is not a bad picture
+            split = data.load_subset("folder", str(streamed), 16, labels=str(path.parents[1]), workers=workers,
+                                     skip_bad=skip_bad).train
+            with pytest.raises(UserError, match=r"5.pt holds the class id 7, but the set has 3 classes$"):
+                list(split.epoch(torch.arange(18), 4))
