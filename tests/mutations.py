@@ -168,7 +168,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
 ]
 FAULTS += [  # the notebooks show all of model.py: they must notice that theirs is another one
     (f"{description}, in model.py and not in the notebooks", file, there, instead, "notebooks")
-    for description, file, there, instead in FAULTS if file == "model"]
+    for description, file, there, instead, *_ in FAULTS if file == "model"]
 TESTS = {"__init__": "checkpoint"}  # the tests of a module that are named otherwise
 
 
