@@ -1,12 +1,15 @@
 """refiner_min: the reference implementation of Refiner-ViT that one can read in an evening.
 
-Start with model.py. What every part of the package shares is here: how a mistake is told, how a file is written.
+Start with model.py. What every part of the package shares is here: how a mistake is told, how a file is written, where
+chance comes from.
 """
 
 import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 __version__ = "0.1.0"
 
@@ -49,3 +52,9 @@ def replacing(path):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def seed_for(stream: str, *numbers: int) -> int:
+    """A seed from 0 to 2^64 - 1 for one use of chance, such as the "order" of the pictures in an epoch: the same on
+    every machine, and independent of any other stream's or numbers' (each at least 0). Source: numpy's SeedSequence."""
+    return int(np.random.SeedSequence(numbers, spawn_key=tuple(stream.encode())).generate_state(1, np.uint64)[0])

@@ -138,7 +138,7 @@ def _digit_scenes(size: int, grid: int, seed: int) -> Subset:
     """10,000 scenes an epoch to train on, new ones in each; 1,000 to validate, always the same, of other digits."""
     train, val = _built_in_digits()
     return Subset("digit-scenes", None, SceneSplit(*train, 10_000, size, grid, seed),
-                  SceneSplit(*val, 1_000, size, grid, seed=-1), DIGITS, channels=1)
+                  SceneSplit(*val, 1_000, size, grid, seed=0, stream="validation scenes"), DIGITS, channels=1)
 
 
 def _built_in_digits() -> list[tuple[torch.Tensor, torch.Tensor]]:

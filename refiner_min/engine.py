@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from refiner_min import UserError, checkpoint, distributed, hardware, records
+from refiner_min import UserError, checkpoint, distributed, hardware, records, seed_for
 from refiner_min.augment import Augmentation, Batch, center_crop, normalise
 from refiner_min.data import Subset
 from refiner_min.model import RefinerViT
@@ -212,7 +212,7 @@ class Run:
 
     def order(self, epoch: int) -> torch.Tensor:
         """This process's share of the epoch's pictures, batch by batch; the incomplete last batch is left out."""
-        generator = torch.Generator().manual_seed(hash((self.recipe.seed, epoch)))
+        generator = torch.Generator().manual_seed(seed_for("order", self.recipe.seed, epoch))
         order = torch.randperm(len(self.subset.train), generator=generator)
         return order[: self.steps_per_epoch * self.recipe.batch_size].view(-1, self.world)[:, self.rank]
 
@@ -222,7 +222,7 @@ class Run:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rest = self.order(epoch)[start * self.local_batch:]
         for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
-            torch.manual_seed(hash((self.recipe.seed, self.step, self.rank)))
+            torch.manual_seed(seed_for("step", self.recipe.seed, self.step, self.rank))
             batch = self.augment(batch)
             self.train_step(*self.mix(batch.pictures, self.labels(batch)))
             bar.update(self.recipe.batch_size)

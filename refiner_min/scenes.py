@@ -1,8 +1,11 @@
 """The built-in scenes of digits: pictures in which the label of every patch is known. It imports augment's Batch."""
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 
+from refiner_min import seed_for
 from refiner_min.augment import Batch
 
 
@@ -10,7 +13,7 @@ class SceneSplit:
     """Pictures of up to four digits of different sizes that don't overlap, drawn where they are trained on.
 
     The picture's class is that of its largest digit. A token's is that of the digit whose square covers the token's
-    centre; where there is none its label is all zero. Scene i of an epoch depends on (seed, epoch, i) only. Ours.
+    centre; where there is none its label is all zero. Scene i of an epoch depends on stream, seed, epoch and i. Ours.
     """
 
     DIGITS, TRIES = 4, 16  # a digit that finds no room in so many tries is left out
@@ -18,19 +21,21 @@ class SceneSplit:
     cropped = True
     note = ", new ones in every epoch (--crop-*, --flip, --turn and --colour are for photographs)"
 
-    def __init__(self, images, labels, count: int, size: int, grid: int, seed: int):
+    def __init__(self, images, labels, count: int, size: int, grid: int, seed: int, stream: str = "scenes"):
         self.images, self.labels = images, labels  # (n, 1, 8, 8) from 0 to 255, (n,)
-        self.count, self.size, self.grid, self.seed = count, size, grid, seed
+        self.count, self.size, self.grid, self.seed, self.stream = count, size, grid, seed, stream
 
     def __len__(self):
         return self.count
 
-    def to(self, device):
-        return SceneSplit(self.images.to(device), self.labels.to(device), self.count, self.size, self.grid, self.seed)
+    def to(self, device) -> "SceneSplit":
+        there = copy(self)
+        there.images, there.labels = self.images.to(device), self.labels.to(device)
+        return there
 
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
+        generator = torch.Generator().manual_seed(seed_for(self.stream, self.seed, epoch))
         chance = torch.rand(self.count, self.DIGITS, 2 + 2 * self.TRIES, generator=generator).to(self.labels.device)
         for batch in indices.to(chance.device).split(batch_size):
             yield self.draw(chance[batch])

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from refiner_min import UserError, replacing, some
+from refiner_min import UserError, replacing, seed_for, some
 from refiner_min.augment import Batch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
@@ -150,11 +150,11 @@ class StreamSplit:
 
     def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
                  maps: PictureMaps | None = None, keep_workers: bool = True):
-        self.samples, self.seed, self.skip_bad, self.bad = folder.samples, seed, skip_bad, set()
+        self.samples, self.skip_bad, self.bad = folder.samples, skip_bad, set()
         self.device = torch.device("cpu")
-        self.batches = []  # of (index, seed), filled anew for every epoch
+        self.batches = []  # of (index, epoch), filled anew for every epoch
         self.loader = DataLoader(
-            _Samples(folder.samples, transform, maps), batch_sampler=self.batches, num_workers=workers,
+            _Samples(folder.samples, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
             collate_fn=_collate, pin_memory=torch.cuda.is_available(), persistent_workers=keep_workers and workers > 0,
             worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: training's is not drawn from
 
@@ -169,8 +169,7 @@ class StreamSplit:
 
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
-        seeded = [(index, hash((self.seed, epoch, index))) for index in indices.tolist()]
-        self.batches[:] = [seeded[start:start + batch_size] for start in range(0, len(seeded), batch_size)]
+        self.batches[:] = [[(index, epoch) for index in batch.tolist()] for batch in indices.split(batch_size)]
         for batch, bad in self.loader:
             for message in bad:
                 self._leave_out(message)
@@ -189,14 +188,14 @@ class StreamSplit:
 
 
 class _Samples(Dataset):
-    def __init__(self, samples, transform, maps: PictureMaps | None):
-        self.samples, self.transform, self.maps = samples, transform, maps
+    def __init__(self, samples, transform, maps: PictureMaps | None, seed: int):
+        self.samples, self.transform, self.maps, self.seed = samples, transform, maps, seed
 
     def __len__(self):
         return len(self.samples)
 
-    def __getitem__(self, index_and_seed):
-        index, seed = index_and_seed
+    def __getitem__(self, index_and_epoch):
+        index, epoch = index_and_epoch
         path, label = self.samples[index]
         try:
             picture = read_picture(path)
@@ -207,7 +206,7 @@ class _Samples(Dataset):
         except UserError as error:
             return _BadMap(error)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed_for("picture", self.seed, epoch, index))
             if label_map is None:
                 return self.transform(picture), torch.tensor(1.0), torch.tensor(label)
             picture, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refiner_min import UserError, checkpoint, data, engine, run_command, scenes, train
+from refiner_min import UserError, checkpoint, data, engine, scenes, train
 from refiner_min.augment import normalise
 from refiner_min.model import refiner_vit_s
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
@@ -40,7 +40,7 @@ def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     run = run_of(pictures, "--workers", "1", "--randaugment", "3", "--flip", "0.2", "--skip-bad", "--crop-min", "0.4")
     split = run.subset.train
-    assert (split.loader.num_workers, split.skip_bad, split.seed) == (1, True, 0)
+    assert (split.loader.num_workers, split.skip_bad, split.loader.dataset.seed) == (1, True, 0)
     choice, flip, augment, _ = split.loader.dataset.transform.alone.transforms
     assert (augment.magnitude, flip.p, choice.transforms[0].scale) == (3, 0.2, (0.4, 1.0))
     assert run.augment.area is None
@@ -403,16 +403,6 @@ def test_a_mistake_is_one_sentence_and_status_2(pictures):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error: --batch-size 1000 is larger than the 24 training pictures"]
     assert "Traceback" not in done.stderr and not Path("runs").exists()
-
-
-@pytest.mark.parametrize("raised, status", [(UserError("what"), 2), (KeyboardInterrupt(), 130)])
-def test_run_command(raised, status, capsys):
-    def main():
-        raise raised
-
-    with pytest.raises(SystemExit) as error:
-        run_command(main)
-    assert error.value.code == status
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "last.pt", "best.pt"])
