@@ -49,7 +49,7 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
     return list(zip(names, probabilities.tolist()))
 
 
-def main(arguments=None) -> int:
+def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m refiner_min.explain", description=__doc__.split("\n\n")[1])
     parser.add_argument("photo", metavar="PHOTO")
     parser.add_argument("--weights", metavar="PATH", required=True, help="a best.pt or last.pt of refiner_min.train")
@@ -58,6 +58,11 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     if args.blocks < 1:
         raise UserError(f"--blocks {args.blocks} must be at least 1")
+    return args
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
     out = Path(args.out or f"{Path(args.photo).stem}-explained.png")
     if out.resolve() == Path(args.photo).resolve():
         raise UserError(f"--out {out} is the photo itself")

@@ -1,7 +1,6 @@
 """What tests of several modules start from: an empty folder, a small set of pictures and its label maps."""
 
 import pytest
-import torch
 
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
 
@@ -19,4 +18,3 @@ def labels(pictures, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.compiler.reset()  # what other tests compiled does not count towards the limit of recompilations

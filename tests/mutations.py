@@ -45,7 +45,8 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("checksum of a checkpoint not looked at", "checkpoint", "raise ValueError(f\"{part}", "print(f\"{part}"),
     ("a checkpoint may run code", "checkpoint", "weights_only=True", "weights_only=False"),
     ("no backup of the checkpoint before", "checkpoint", "if backup and Path(path).exists()", "if False"),
-    ("files written in place", "__init__", "path.with_name(f\"{path.name}.{os.getpid()}.tmp\")", "path"),
+    ("files written in place", "__init__", "path.with_name(f\"{path.name}.{os.getpid()}.tmp\")", "path",
+     "checkpoint"),
     ("average ignored when a model is loaded", "checkpoint", "state.get(\"ema\") or state[\"model\"]",
      "state[\"model\"]"),
     ("positions resized with rows for columns", "checkpoint", "permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)"),
@@ -164,12 +165,25 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("another run overwritten", "train", "    if held:", "    if False:"),
     ("label smoothing ignored", "relabel", "label_smoothing=self.smoothing)", "label_smoothing=0.0)"),
     ("attention to the class token shown for attention of it", "explain", "maps[0, :, 0, 1:]", "maps[0, :, 1:, 0]"),
+    ("streams of chance are one", "__init__", "spawn_key=tuple(stream.encode())", "spawn_key=()"),
+    ("evaluation opens the training pictures too", "data", "(\"val\",) if only_val else (\"train\", \"val\")",
+     "(\"train\", \"val\")", "train"),
+    ("validation keeps its workers", "data", "keep_workers=name == \"train\"", "keep_workers=True", "splits"),
+    ("a stream is moved in place", "splits", "there = copy(self)", "there = self"),
+    ("workers for all of the machine's cores", "hardware", "return len(os.sched_getaffinity(0))",
+     "return os.cpu_count()"),
+    ("the first of equally good epochs", "records", "key=lambda row: (row[\"val_accuracy\"], row[\"epoch\"])",
+     "key=lambda row: row[\"val_accuracy\"]"),
+    ("copies of a corner", "prepare", "functional.center_crop(picture, [min(picture.size)])",
+     "picture.crop((0, 0, *[min(picture.size)] * 2))"),
+    ("copies with other settings mixed", "prepare", "        if differing:", "        if False:"),
+    ("pictures sorted by a list that lacks some", "prepare", "there.keys() - classes.keys()", "set()"),
     ("training and validation loss mixed up", "plots", "row[\"val_loss\"] for row", "row[\"train_loss\"] for row"),
 ]
 FAULTS += [  # the notebooks show all of model.py: they must notice that theirs is another one
     (f"{description}, in model.py and not in the notebooks", file, there, instead, "notebooks")
     for description, file, there, instead, *_ in FAULTS if file == "model"]
-TESTS = {"__init__": "checkpoint"}  # the tests of a module that are named otherwise
+TESTS = {"__init__": "init"}  # the tests of a module that are named otherwise
 
 
 def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") -> subprocess.CompletedProcess:

@@ -198,6 +198,7 @@ annotate.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(tmp_path):
     root = make_folder(tmp_path / "set", train=30, val=1)
     arguments = command(root, "--batch-size", "1")

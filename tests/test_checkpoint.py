@@ -57,6 +57,7 @@ def test_nothing_to_load(tmp_path):
         checkpoint.load(tmp_path / "last.pt")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     path = tmp_path / "last.pt"
     checkpoint.save(STATE, path)
@@ -148,6 +149,7 @@ def test_names_of_the_golden_file_are_all_known():
     assert names == RefinerViT(RefinerConfig(**TINY)).state_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [refiner_vit_s, refiner_vit_m, refiner_vit_l])
 def test_published_files_load(tmp_path, build):
     """A file as the published training writes it, at 32 px, into a model at 48 px with 1000 classes."""

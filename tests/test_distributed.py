@@ -17,6 +17,7 @@ def torchrun(*flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes(pictures):
     flags = small(pictures, "--out", "two", "--batch-size", "12", "--epochs", "1")
     done = torchrun(*flags)
@@ -36,6 +37,7 @@ def test_two_processes(pictures):
         train.main(["--resume", "two", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_maps(pictures, labels):
     flags = ["--batch-size", "12", "--epochs", "1", "--mix-token", "--mixup", "0.8", "--cutmix", "1"]
     done = torchrun(*small(pictures, "--out", "two", "--relabel", labels, *flags))

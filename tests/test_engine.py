@@ -240,6 +240,7 @@ def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
     assert seen[-2:] == [None, 0.0]
 
 
+@pytest.mark.slow
 def test_tokens_without_a_label_do_not_count():
     """A model that calls every token a 0 is right where a 0 is, and nowhere else."""
     arguments = ["--subset", "digit-scenes", "--ema", "0"]

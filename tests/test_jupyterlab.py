@@ -32,7 +32,10 @@ SETTINGS = {  # of JupyterLab, where they are not its own
 }
 PATIENCE = 60  # seconds for a step; the cells themselves have longer
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH"),
+]
 sync_api.expect.set_options(timeout=1000 * PATIENCE)
 
 

@@ -320,6 +320,7 @@ def test_maps_of_own_blocks_add_up():
 # Compiling, exporting, repeating
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, dict(share=False, linear=True)], ids=["published", "linear"])
 def test_compiled_model_is_the_eager_one(overrides):
     torch.manual_seed(0)
@@ -332,6 +333,7 @@ def test_compiled_model_is_the_eager_one(overrides):
     torch.testing.assert_close(compiled(images), model(images))
 
 
+@pytest.mark.slow
 def test_s_can_be_exported():
     model = refiner_vit_s().eval()
     images = torch.randn(2, 3, 224, 224)

@@ -1,22 +1,83 @@
-"""What stands beside the package: pyproject.toml and environment.yml agree, and README keeps to the recorded runs."""
+"""What stands beside the package: the rooms and their table, pyproject.toml and environment.yml, and the documents,
+which keep to the recorded runs and whose commands are such."""
 
+import ast
 import csv
+import importlib
 import json
 import re
+import shlex
 import statistics
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from refiner_min import __version__
+from tests.mutations import astray
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "notebooks" / "results"
+TABLES = (RESULTS / "README.md").read_text()
 RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith("annotate"))
 SCENES = {"digit-scenes-cpu-tokens": "each its own digit", "digit-scenes-cpu-pictures": "all the picture's class",
           "digit-scenes-cpu-class": "none: class token only"}
+COMMANDS = {"train", "annotate", "explain", "prepare"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rooms
+
+ROOMS = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "refiner_min").glob("*.py")}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The rooms that a room imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "refiner_min":
+            found |= {name.name for name in node.names} & ROOMS.keys()
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("refiner_min."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_the_table_of_rooms_is_the_folder_and_its_imports():
+    table = (ROOT / "refiner_min" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \|(.*)\|$", table, re.MULTILINE)
+    assert {name: set(re.findall(r"`(\w+)`", arrows)) for name, arrows in rows} == {
+        name: imported(tree) for name, tree in ROOMS.items()}
+
+
+def test_rooms_are_small_say_what_they_are_for_and_import_no_command_and_in_no_circle():
+    arrows = {name: imported(tree) for name, tree in ROOMS.items()}
+    list(TopologicalSorter(arrows).static_order())  # CycleError
+    assert not COMMANDS & set.union(*arrows.values())
+    for name, tree in ROOMS.items():
+        assert ast.get_docstring(tree), name
+        assert len((ROOT / "refiner_min" / f"{name}.py").read_text().splitlines()) <= 400, name
+    assert len((ROOT / "refiner_min" / "model.py").read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if name != "distributed"])
+def test_one_room_asks_torch_distributed_and_the_launcher(name):
+    source = (ROOT / "refiner_min" / f"{name}.py").read_text()
+    assert "torch.distributed" not in source and "os.environ" not in source
+
+
+def test_every_room_has_its_tests():
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert {name.strip("_") for name in ROOMS} <= tests
+
+
+def test_every_fault_finds_its_text_once():
+    assert astray() == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pyproject.toml, environment.yml
 
 
 def package_name(requirement: str) -> str:
@@ -37,34 +98,73 @@ def test_environment_has_what_pyproject_asks_for():
     bounds = {line.replace("torch", "pytorch", 1) if line.startswith("torch>") else line
               for line in asked if ">" in line}
     assert bounds <= set(there)
-    assert extras.keys() == {"notebooks", "test", "browser", "teacher"}
+    assert extras.keys() == {"notebooks", "test", "browser", "teacher", "dev"}
+    assert extras["dev"] == ["refiner_min[notebooks,test,browser,teacher]"]
 
 
 def test_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
-def test_readme_has_two_commands_and_ci_runs_the_second():
+# ----------------------------------------------------------------------------------------------------------------------
+# README and its commands
+
+
+def test_the_readme_fits_on_two_screens():
+    lines = README.splitlines()
+    assert len(lines) <= 140 and max(map(len, lines)) <= 120
+
+
+def test_the_readme_has_two_commands_and_ci_runs_the_second():
     commands = re.findall(r"^python3 -m venv .+$", README, re.MULTILINE)
     assert len(commands) == 2
     assert commands[0].endswith("-m refiner_min.train") and commands[1].endswith("-m pytest --nbval")
     assert "grep -m1 '^python3 -m venv .* -m pytest --nbval$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_links_of_the_readme_resolve():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "notebooks/results/README.md", "refiner_min/README.md"])
+def test_links_resolve(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text()):
+        assert target.startswith("https://") or ((ROOT / path).parent / target).exists(), target
+
+
+def commands_of(text: str) -> set[str]:
+    """The commands of the package in a document's code blocks and between backticks."""
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^.*-m refiner_min\..*$", blocks, re.MULTILINE)
+    inline = re.findall(r"`([^`\n]*-m refiner_min\.[^`\n]*)`", text)
+    return {line.split("#")[0].strip() for line in lines + inline}
+
+
+@pytest.mark.parametrize("command", sorted(commands_of(README) | commands_of(TABLES)))
+def test_every_command_is_one(command):
+    name, *words = shlex.split(command.split("-m refiner_min.")[1])
+    assert name in COMMANDS
+    importlib.import_module(f"refiner_min.{name}").parse(words)  # SystemExit, UserError
+
+
+@pytest.mark.slow
+def test_the_readmes_code_runs():
+    [code] = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["logits"].shape == (1, 1000) and len(names["maps"]) == 16
+    assert names["gathered"].shape == (2, 6, 65, 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The recorded runs
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_readme_and_curves_keep_to_the_recorded_runs(path):
+def test_the_table_and_the_curves_keep_to_the_recorded_runs(path):
     record = json.loads(path.read_text())
     result = record["result"]
-    row = (f"| [{path.stem}](notebooks/results/{path.name}) | {record['parameters']:,} | {result['accuracy']:.1%} | "
+    row = (f"| [{path.stem}]({path.name}) | {record['parameters']:,} | {result['accuracy']:.1%} | "
            f"{result['training_minutes']:.1f} | {result['images_per_second']:.0f} |")
     tokens = f" {result['token_accuracy']:.1%} |" if "token_accuracy" in result else ""
-    assert row + tokens in README
-    assert record["command"] in README
+    assert row + tokens in TABLES
+    assert f"\n{record['command']}\n" in TABLES
     with open(path.with_suffix(".csv")) as file:
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["val_accuracy"]) == result["accuracy"]
@@ -73,22 +173,54 @@ def test_readme_and_curves_keep_to_the_recorded_runs(path):
         assert record[fact]
 
 
+def spread(values: list[float]) -> str:
+    """In percent: the mean, and the deviation if there are several."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation} %"
+
+
+@pytest.mark.parametrize("pattern, row", [
+    ("digits-cpu-seed*", "digits, 32 px"),
+    ("digit-scenes-cpu-tokens-seed*", "digit scenes, 32 px, each patch its label"),
+    ("imagenette-64px-cpu-plain", "Imagenette, 64 px, 12 epochs, plain ViT"),
+    ("imagenette-64px-cpu-refined", "Imagenette, 64 px, 12 epochs, refined"),
+    ("imagenette-64px-cpu-relabel", "Imagenette, 64 px, 12 epochs, refined, token labels"),
+])
+def test_the_readme_keeps_to_the_recorded_runs(pattern, row):
+    records = [json.loads(path.read_text()) for path in RESULTS.glob(f"{pattern}.json")]
+    [parameters] = {record["parameters"] for record in records}
+    minutes = statistics.mean(record["result"]["training_minutes"] for record in records)
+    accuracy = spread([record["result"]["accuracy"] for record in records])
+    assert f"| {row} | {len(records)} | {parameters:,} | {accuracy} | {minutes:.1f} |" in README
+
+
+def test_what_to_expect_keeps_to_the_recorded_runs():
+    def of(pattern):
+        results = [json.loads(path.read_text())["result"] for path in RESULTS.glob(f"{pattern}.json")]
+        return (statistics.mean(result["training_minutes"] for result in results),
+                100 * statistics.mean(result["accuracy"] for result in results))
+
+    minutes, accuracy = of("digits-cpu-seed*")
+    assert f"digits, built in: {minutes:.1f} minutes on two cores, {accuracy:.0f} % |" in README
+    minutes, accuracy = of("digit-scenes-cpu-tokens-seed*")
+    assert f"built in, a label for every patch: {minutes:.1f} minutes, {accuracy:.0f} % |" in README
+    minutes, accuracy = of("imagenette-64px-cpu-refined")
+    assert f"{minutes:.0f} minutes, {accuracy:.0f} % at 64 px |" in README
+
+
 @pytest.mark.parametrize("name", SCENES)
-def test_readme_keeps_to_the_means_of_the_scenes(name):
+def test_the_table_keeps_to_the_means_of_the_scenes(name):
     results = [json.loads(path.read_text())["result"] for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
     assert len(results) == 3
-
-    def cell(key):
-        values = [100 * result[key] for result in results if key in result]
-        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %" if values else "-"
-
+    tokens = [result["token_accuracy"] for result in results if "token_accuracy" in result]
     minutes = statistics.mean(result["training_minutes"] for result in results)
-    assert f"| {SCENES[name]} | {cell('accuracy')} | {cell('token_accuracy')} | {minutes:.1f} |" in README
+    accuracy = spread([result["accuracy"] for result in results])
+    assert f"| {SCENES[name]} | {accuracy} | {spread(tokens) if tokens else '-'} | {minutes:.1f} |" in TABLES
 
 
-def test_readme_keeps_to_the_recorded_maps():
+def test_the_table_keeps_to_the_recorded_maps():
     record = json.loads((RESULTS / "annotate-imagenette-448px.json").read_text())
     result = record["result"]
-    assert record["command"] in README
+    assert f"\n{record['command']}\n" in TABLES
     assert (f"{result['pictures']:,} maps in {result['minutes']:.1f} minutes, {result['pictures_per_second']:.1f} "
-            f"pictures a second, {result['megabytes']:.1f} MB") in README.replace("\n", " ").replace("  ", " ")
+            f"pictures a second, {result['megabytes']:.1f} MB") in TABLES.replace("\n", " ")

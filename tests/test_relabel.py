@@ -182,6 +182,7 @@ print((peak() - before) / 1000 - sum(t.numel() * 4 for t in result) / 1e6)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_pooling():
     """256 pictures, 1000 classes, maps of 18 x 18 to 14 x 14 tokens: less than 700 MB beyond the result."""

@@ -107,6 +107,25 @@ def test_a_streamed_validation_is_cropped_in_the_middle(streamed):
     assert labels.tolist() == [0, 0] and (aspects == 1).all()
 
 
+def test_moving_a_split_leaves_it_where_it_was(streamed, monkeypatch):
+    stream = data.load_subset("folder", str(streamed), 16).train
+    moved = stream.to("meta")
+    assert next(moved.epoch(torch.arange(4), 4)).pictures.is_meta
+    assert not next(stream.epoch(torch.arange(4), 4)).pictures.is_meta
+    monkeypatch.undo()
+    decoded = data.load_subset("folder", str(streamed), 16).train
+    assert decoded.to("meta").pictures.is_meta and not decoded.pictures.is_meta
+    scenes = data.load_subset("digit-scenes", None, 16).train
+    assert scenes.to("meta").images.is_meta and not scenes.images.is_meta
+
+
+def test_training_keeps_its_workers_and_validation_does_not(streamed):
+    subset = data.load_subset("folder", str(streamed), 16, workers=1)
+    for split in (subset.train, subset.val):
+        batches(split, count=9)
+    assert subset.train.loader._iterator is not None and subset.val.loader._iterator is None
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_truncated_picture_stops_a_stream_or_is_skipped(streamed, capsys, workers):
     truncate(streamed / "train" / CLASSES[0] / "1.png")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,12 @@ from refiner_min.model import refiner_vit_s
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
 from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small
 from tests.test_checkpoint import published_state
+
+
+@pytest.fixture
+def nothing_compiled():
+    torch.compiler.reset()  # what other tests compiled does not count towards the limit of recompilations
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -69,16 +76,11 @@ def test_flags_that_do_not_go(pictures, flags, message):
     assert not Path("runs").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_no_gpu(pictures):
-    with pytest.raises(UserError, match="--device cuda cannot be used here"):
-        train.main(small(pictures, "--device", "cuda"))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
 
+@pytest.mark.slow
 def test_the_default_run_on_the_digits_in_little(capsys):
     flags = ["--img-size", "16", "--epochs", "3", "--batch-size", "100", "--device", "cpu"]
     assert train.main(flags) == 0
@@ -120,6 +122,7 @@ def test_photos(pictures, subset, capsys):
     assert json.loads(Path(f"runs/{subset}/config.json").read_text())["classes"][0] == "tench"
 
 
+@pytest.mark.slow
 def test_imagenet(tmp_path, capsys):
     wnids = data.imagenet_wnids()
     root = make_folder(tmp_path / "imagenet", train=1, val=1, size=(8, 8), classes=wnids)
@@ -139,6 +142,7 @@ def test_imagenet(tmp_path, capsys):
         train.main(["--subset", "folder", "--data", str(few), "--model", "s", "--patch-size", "16", *evaluate])
 
 
+@pytest.mark.slow
 def test_digit_scenes(capsys):
     """A little of the preset, and its tokens' accuracy: as counted here, and as --eval says."""
     flags = ["--subset", "digit-scenes", "--device", "cpu", "--epochs", "1", "--lr", "1e-9"]
@@ -160,13 +164,41 @@ def test_digit_scenes(capsys):
     assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
 
 
+def test_evaluation_needs_no_training_set_and_builds_no_optimizer(pictures, monkeypatch, capsys):
+    """The validation pictures alone give the accuracy of the run, decoded and streamed, of weights with an average."""
+    assert train.main(small(pictures, "--ema", "0.9")) == 0
+    row = rows_of("runs/folder")[-1]
+    right = round(float(row["val_accuracy"]) * 12)
+    shutil.copytree(pictures / "val", "alone/val")
+
+    def refuse(*words, **options):
+        raise AssertionError("evaluation trains nothing")
+
+    for name in ("AdamW", "lr_scheduler.LambdaLR"):
+        monkeypatch.setattr(f"torch.optim.{name}", refuse)
+    monkeypatch.setattr(engine, "deepcopy", refuse)
+    words = ["--eval", "--weights", "runs/folder/last.pt", "--data", "alone", "--device", "cpu", "--workers", "1"]
+    capsys.readouterr()
+    assert train.main(words) == 0
+    said = capsys.readouterr().out
+    assert f"({right} of 12), loss {float(row['val_loss']):.4f}" in said
+    assert "\n12 to validate, 3 classes\n" in said
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    assert train.main(words) == 0
+    assert " of 12)" in capsys.readouterr().out
+    shutil.rmtree("alone/val")
+    with pytest.raises(UserError, match="alone has no folder val/"):
+        train.main(words)
+
+
 @pytest.mark.parametrize("flags", [["--no-refine"], ["--linear"], ["--no-share"], ["--expand", "1"], ["--amp", "bf16"],
                                    ["--amp", "fp16"], ["--kernel-size", "1"], ["--ema", "0"]], ids=" ".join)
 def test_every_form_trains(pictures, flags):
     assert train.main(small(pictures, *flags, "--epochs", "1")) == 0
 
 
-def test_compile(pictures, monkeypatch):
+@pytest.mark.slow
+def test_compile(pictures, monkeypatch, nothing_compiled):
     """--compile hands the network to torch.compile; a backend that needs no C++ compiler stands in for the default."""
     compiled = []
 
@@ -199,11 +231,12 @@ def test_relabel_teaches_a_token_head(pictures, labels):
     assert run_of(pictures, "--dense-weight", "0.3").model.config.dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     ["--mix-token"], ["--mixup", "0.8", "--cutmix", "1.0", "--mix-token"], ["--turn", "20", "--crop-max", "1.3"],
     ["--dense-weight", "0", "--mix-token"], ["--no-token-labels"], ["--compile", "--mix-token", "--cutmix", "1"],
 ])
-def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeypatch):
+def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeypatch, nothing_compiled):
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: compile_model(net, backend="aot_eager"))
     assert train.main(small(pictures, "--relabel", labels, "--out", "run", *flags)) == 0
@@ -211,6 +244,7 @@ def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeyp
     assert train.main(["--eval", "--out", "run", "--subset", "folder", "--data", str(pictures)]) == 0
 
 
+@pytest.mark.slow
 def test_a_stream_with_maps_trains_as_a_decoded_set_does(pictures, labels, monkeypatch):
     monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
     for workers in ("0", "2"):
@@ -253,6 +287,7 @@ def wait_for_step(process, step: int):
     raise AssertionError("the run ended before that")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_as_never_stopped(pictures):
     finish(pictures, "whole")
     process = start(pictures, "killed")
@@ -265,6 +300,7 @@ def test_killed_and_resumed_is_as_never_stopped(pictures):
     assert_same_runs("whole", "killed")
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_epoch_ended(pictures):
     process = start(pictures, "early")
     while not Path("early/last.pt").exists():
@@ -276,6 +312,7 @@ def test_killed_before_the_first_epoch_ended(pictures):
     assert_same_runs("whole", "early")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_say_how_to_go_on(pictures, number, status):
     process = start(pictures, "stopped", "--epochs", "400")
@@ -293,6 +330,7 @@ def test_signals_save_and_say_how_to_go_on(pictures, number, status):
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True], ids=["decoded", "streamed"])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_stopped_at_any_step_and_resumed_is_as_never_stopped(pictures, monkeypatch, streams, stop_after):
@@ -329,6 +367,7 @@ def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, mon
         train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_an_epoch_not_the_run(pictures, capsys):
     finish(pictures, "whole")
     finish(pictures, "damaged")
@@ -421,6 +460,7 @@ def test_an_out_that_cannot_be_made(pictures):
     assert Path("file").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(pictures):
     code = ("import resource, sys\nfrom refiner_min import checkpoint, run_command, train\n"
             "save = checkpoint.save\n"

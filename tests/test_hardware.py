@@ -1,0 +1,57 @@
+"""hardware.py: the device that is asked for, its number format, and the cores that may be used."""
+
+import os
+
+import pytest
+import torch
+
+from refiner_min import UserError, hardware
+
+CPU = torch.device("cpu")
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(UserError, match="--device nonsense cannot be used here"):
+        hardware.choose_device("nonsense")
+    assert hardware.choose_device("cpu") == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu():
+    assert hardware.choose_device(None) == CPU
+    with pytest.raises(UserError, match="--device cuda cannot be used here"):
+        hardware.choose_device("cuda")
+
+
+@pytest.mark.parametrize("amp, dtype", [("off", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast(amp, dtype):
+    with hardware.autocast(CPU, amp):
+        assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+        assert dtype is None or torch.get_autocast_dtype("cpu") == dtype
+        found = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+    assert found == (dtype or torch.float32)
+
+
+@pytest.mark.parametrize("capabilities, amp", [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"),
+                                               ({"avx2": True}, "off")], ids=str)
+def test_bf16_where_the_processor_has_it(capabilities, amp, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert hardware.hardware_amp(CPU) == amp
+
+
+def test_the_device_is_described_for_people():
+    assert f"{torch.get_num_threads()} threads" in hardware.describe(CPU)
+
+
+@pytest.mark.parametrize("cores, processes, workers", [(2, None, 2), (64, None, 16), (64, 8, 8), (4, 8, 1)])
+def test_workers_are_the_cores_over_the_processes(cores, processes, workers, monkeypatch):
+    """The cores that this process may use, not those of the machine; without such a limit, the machine's."""
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+        patch.setattr(os, "cpu_count", lambda: 1000)
+        assert hardware.available_cores() == cores and hardware.default_workers() == workers
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert hardware.available_cores() == cores and hardware.default_workers() == workers
