@@ -4,6 +4,7 @@ Start with model.py. What every part of the package shares is here: how a mistak
 chance comes from.
 """
 
+import json
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -54,7 +55,14 @@ def replacing(path):
             temporary.unlink()
 
 
+def write_json(path, facts: dict):
+    """facts as the JSON file path, whole or not at all. UserError: as replacing's."""
+    with replacing(path) as file:
+        file.write(f"{json.dumps(facts, indent=1)}\n".encode())
+
+
 def seed_for(stream: str, *numbers: int) -> int:
     """A seed from 0 to 2^64 - 1 for one use of chance, such as the "order" of the pictures in an epoch: the same on
-    every machine, and independent of any other stream's or numbers' (each at least 0). Source: numpy's SeedSequence."""
+    every machine, and independent of other streams' and other numbers'. numbers: as many for every use of a stream,
+    each from 0 to 2^32 - 1. Source: numpy's SeedSequence."""
     return int(np.random.SeedSequence(numbers, spawn_key=tuple(stream.encode())).generate_state(1, np.uint64)[0])

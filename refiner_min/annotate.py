@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
 
-from refiner_min import UserError, data, hardware, plots, run_command
+from refiner_min import UserError, data, hardware, plots, run_command, some
 from refiner_min.label_store import LabelMap, LabelWriter, open_labels
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
@@ -145,7 +145,7 @@ def class_columns(classes: list[str]) -> torch.Tensor:
     unknown = [name for name in classes if name not in wnids]
     if unknown:
         raise UserError(f"the annotators know ImageNet's classes, in folders with names such as {wnids[0]}, but not "
-                        f"{', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}")
+                        f"{some(unknown)}")
     return torch.tensor([wnids.index(name) for name in classes])
 
 

@@ -1,7 +1,8 @@
 """Batches of pictures to images: crops, flips, turns, colour, erasing, and what they do to the label map with them.
 
-A decoded set is augmented on its device, a whole batch at a time but every picture in its own way (Augmentation); a
-streamed one a picture at a time, by the workers that read it (StreamAugmentation). Evaluation sees the middle square.
+A decoded set is augmented on its device, a whole batch at a time but every picture in its own way (Augmentation). Of a
+streamed one, the workers that read it crop, flip and change a picture at a time (StreamAugmentation, RandAugment);
+colour and erasing come on the device too. Evaluation sees the middle square (evaluation_picture).
 It imports label_store, for the maps that are changed as their pictures are.
 """
 
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import v2
 
 from refiner_min.label_store import LabelMap
@@ -66,15 +67,20 @@ def crop(pictures, boxes, size: int, flips=None, turns=None, aspects=None):
     return normalise(F.grid_sample(pictures.float(), grid, align_corners=False))
 
 
-def turn_map(label_map: LabelMap, boxes, turns, aspects) -> LabelMap:
-    """Turn label maps about their boxes' centres, as crop turns the pictures. Nearest cell; outside is logit 0."""
-    centre = (boxes[:, :2] + boxes[:, 2:] - 1)[:, :, None].to(label_map.logits)  # (B, 2, 1)
-    matrix = turn_matrix(turns, aspects).to(centre)
-    theta = torch.cat([matrix, centre - matrix @ centre], dim=2)  # (B, 2, 3)
-    planes = torch.cat([label_map.logits, label_map.ids.to(centre)], dim=1)  # (B, 2k, H, W)
-    grid = F.affine_grid(theta, planes.shape, align_corners=False)
+def warp_map(label_map: LabelMap, theta) -> LabelMap:
+    """Label maps (B, k, H, W) read at other places: theta (B, 2, 3) takes a place of the new map, from -1 to 1, to that
+    in the old one. Nearest cell; outside is logit 0."""
+    planes = torch.cat([label_map.logits, label_map.ids.to(label_map.logits)], dim=1)  # (B, 2k, H, W)
+    grid = F.affine_grid(theta.to(planes), planes.shape, align_corners=False)
     logits, ids = F.grid_sample(planes, grid, mode="nearest", align_corners=False).chunk(2, dim=1)
     return LabelMap(logits, ids.long())
+
+
+def turn_map(label_map: LabelMap, boxes, turns, aspects) -> LabelMap:
+    """Turn label maps about their boxes' centres, as crop turns the pictures."""
+    centre = (boxes[:, :2] + boxes[:, 2:] - 1)[:, :, None]  # (B, 2, 1)
+    matrix = turn_matrix(turns, aspects)
+    return warp_map(label_map, torch.cat([matrix, centre - matrix @ centre], dim=2))
 
 
 def flip_map(label_map: LabelMap, boxes, flips) -> tuple[LabelMap, torch.Tensor]:
@@ -84,24 +90,24 @@ def flip_map(label_map: LabelMap, boxes, flips) -> tuple[LabelMap, torch.Tensor]
     return LabelMap(*planes), torch.where(flips[:, None], mirrored, boxes)
 
 
-def center_crop(pictures, aspects, size: int, share: float = 1.0):
-    """The middle square of every picture, its side that share of the shorter side: (B, channels, size, size)."""
-    width, height = share * (1 / aspects).clamp(max=1), share * aspects.clamp(max=1)  # fractions of the two sides
-    boxes = torch.stack([1 - width, 1 - height, 1 + width, 1 + height], dim=1) / 2
-    return crop(pictures, boxes, size)
-
-
 def random_boxes(aspects, area: tuple[float, float], ratio: tuple[float, float]):
     """A box for every picture, (B, 4) as fractions: its share of the area uniform, its width over height log-uniform,
-    its place uniform. As torchvision's RandomResizedCrop; an area above 1 gives boxes around the picture."""
-    def uniform(low, high):
-        return torch.empty_like(aspects).uniform_(low, high)
+    its place uniform; of ten the first that fits, or the middle. As torchvision's RandomResizedCrop, by which streamed
+    pictures are cropped; an area above 1 gives boxes around the picture."""
+    def uniform(low, high, *shape):
+        return torch.empty(len(aspects), *shape, device=aspects.device).uniform_(low, high)
 
-    share, shape = uniform(*area), uniform(math.log(ratio[0]), math.log(ratio[1])).exp() / aspects
-    longest = max(1, area[1]) ** 0.5
-    width, height = (share * shape).sqrt().clamp(max=longest), (share / shape).sqrt().clamp(max=longest)
-    left, top = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height)
-    return torch.stack([left, top, left + width, top + height], dim=1)
+    share, shape = uniform(*area, 10), uniform(math.log(ratio[0]), math.log(ratio[1]), 10).exp()  # (B, 10)
+    shape = shape / aspects[:, None]  # in fractions of the sides
+    sides = torch.stack([share * shape, share / shape], dim=2).sqrt()  # (B, 10, 2)
+    fits = (sides <= max(1, area[1]) ** 0.5).all(dim=2)  # (B, 10)
+    first = fits.int().argmax(dim=1)[:, None, None].expand(-1, 1, 2)
+    nearest = aspects.clamp(*ratio) / aspects
+    middle = torch.stack([nearest, 1 / nearest], dim=1).clamp(max=1)  # (B, 2)
+    fits = fits.any(dim=1, keepdim=True)
+    sides = torch.where(fits, sides.gather(1, first)[:, 0], middle)  # (B, 2): width, height
+    corner = (1 - sides) * torch.where(fits, uniform(0, 1, 2), 0.5)
+    return torch.cat([corner, corner + sides], dim=1)
 
 
 def jitter_colour(images, strength: float):
@@ -139,9 +145,8 @@ class Augmentation:
     flip: float = 0.5  # probability
     turn: float = 0.0  # degrees to either side
     colour: float = 0.0  # strength of jitter_colour
-    erasing: float = 0.0  # probability
 
-    def __call__(self, batch: Batch):
+    def __call__(self, batch: Batch) -> Batch:
         aspects, label_map, boxes = batch.aspects, batch.label_map, batch.boxes
         if self.area is None:
             images = normalise(batch.pictures)
@@ -155,14 +160,102 @@ class Augmentation:
                 label_map, boxes = flip_map(label_map, boxes, flips)
         if self.colour:
             images = jitter_colour(images, self.colour)
-        images = erase(images, self.erasing) if self.erasing else images
         return batch._replace(pictures=images, label_map=label_map, boxes=boxes)
 
 
 def evaluation_picture(picture: Image.Image, size: int, crop: float = 1.0) -> torch.Tensor:
-    """The middle square of a streamed picture, its side that share of the shorter side: (3, size, size) uint8."""
+    """What evaluation makes of a picture: (channels, size, size) uint8, the middle square, its side that share of the
+    shorter side; above 1, all of the shorter side between black borders. Source: published (timm's evaluation)."""
     resized = v2.functional.resize(picture, [math.floor(size / crop)], v2.InterpolationMode.BICUBIC)
     return v2.functional.pil_to_tensor(v2.functional.center_crop(resized, [size, size]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# RandAugment as published: rand-m9-mstd0.5-inc1 of timm 0.4
+
+SAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+OPERATIONS = {  # its argument, by the level as a share of 10 and a sign, 1 or -1; and what Pillow does with it
+    "AutoContrast": (None, lambda picture, _: ImageOps.autocontrast(picture)),
+    "Equalize": (None, lambda picture, _: ImageOps.equalize(picture)),
+    "Invert": (None, lambda picture, _: ImageOps.invert(picture)),
+    "PosterizeIncreasing": (lambda share, sign: 4 - int(4 * share),  # bits that are kept; Pillow's own refuses 0
+                            lambda picture, bits: picture.point(lambda value: value >> (8 - bits) << (8 - bits))),
+    "SolarizeIncreasing": (lambda share, sign: 256 - int(256 * share), ImageOps.solarize),  # inverted from there on
+    "SolarizeAdd": (lambda share, sign: int(110 * share),  # below 128
+                    lambda picture, added: picture.point(lambda v: min(v + added, 255) if v < 128 else v)),
+    **{f"{kind}Increasing": (lambda share, sign: 1 + sign * 0.9 * share,
+                             lambda picture, factor, kind=kind: getattr(ImageEnhance, kind)(picture).enhance(factor))
+       for kind in ("Color", "Contrast", "Brightness", "Sharpness")},
+    "Rotate": (lambda share, sign: sign * 30 * share, None),  # degrees
+    "ShearX": (lambda share, sign: sign * 0.3 * share, None),
+    "ShearY": (lambda share, sign: sign * 0.3 * share, None),
+    "TranslateXRel": (lambda share, sign: sign * 0.45 * share, None),  # of the width
+    "TranslateYRel": (lambda share, sign: sign * 0.45 * share, None),  # of the height
+}
+
+
+def randaugment_argument(name: str, level: float, sign: int = 1):
+    """What an operation is done with: level from 0 to 10, sign 1 or -1; None where it takes nothing."""
+    argument, _ = OPERATIONS[name]
+    return argument and argument(level / 10, sign)
+
+
+def geometry(name: str, argument: float, width: int, height: int) -> torch.Tensor | None:
+    """The matrix (3, 3) of a geometric operation: where in the picture, in pixels, a place of the new one is read."""
+    if name == "Rotate":
+        cos, sin = math.cos(math.radians(argument)), math.sin(math.radians(argument))
+        x, y = width / 2, height / 2
+        rows = [[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]]
+    elif name in ("ShearX", "ShearY"):
+        rows = [[1, argument, 0], [0, 1, 0]] if name == "ShearX" else [[1, 0, 0], [argument, 1, 0]]
+    elif name in ("TranslateXRel", "TranslateYRel"):
+        rows = [[1, 0, argument * width if name == "TranslateXRel" else 0],
+                [0, 1, argument * height if name == "TranslateYRel" else 0]]
+    else:
+        return None
+    return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+
+
+def randaugment_operation(picture: Image.Image, name: str, level: float, sign: int = 1,
+                          sampling: str = "bilinear") -> Image.Image:
+    """One operation of RandAugment on a picture, with the published pixels. level: 0 to 10; sign: 1 or -1; sampling:
+    "bilinear" or "bicubic", of the geometric ones, around which is grey."""
+    argument = randaugment_argument(name, level, sign)
+    matrix = geometry(name, argument, *picture.size)
+    if matrix is None:
+        return OPERATIONS[name][1](picture, argument)
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix[:2].flatten().tolist(),
+                             resample=SAMPLINGS[sampling], fillcolor=(128, 128, 128))
+
+
+class RandAugment:
+    """Two operations a picture, each done with probability 0.5: picture -> the picture, and the matrix (3, 3) of where
+    in it, in pixels, a place of the new one was read. magnitude: the mean level, from 0 to 10.
+    Source: arXiv:1909.13719; published: timm 0.4's rand-m9-mstd0.5-inc1."""
+
+    COUNT, PROBABILITY, DEVIATION = 2, 0.5, 0.5
+
+    def __init__(self, magnitude: float):
+        self.magnitude = magnitude
+
+    def draw(self) -> list[tuple[str, float, int, str]]:
+        """The operations of a picture, with replacement: name, level, sign, sampling."""
+        drawn = []
+        for _ in range(self.COUNT):
+            name = list(OPERATIONS)[int(torch.randint(len(OPERATIONS), ()))]
+            level = float(torch.randn(()) * self.DEVIATION + self.magnitude)
+            sign, sampling = 2 * int(torch.randint(2, ())) - 1, list(SAMPLINGS)[int(torch.randint(2, ()))]
+            if torch.rand(()) < self.PROBABILITY:
+                drawn.append((name, min(max(level, 0.0), 10.0), sign, sampling))
+        return drawn
+
+    def __call__(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+        places = torch.eye(3, dtype=torch.float64)
+        for name, level, sign, sampling in self.draw():
+            matrix = geometry(name, randaugment_argument(name, level, sign), *picture.size)
+            places = places if matrix is None else places @ matrix
+            picture = randaugment_operation(picture, name, level, sign, sampling)
+        return picture, places
 
 
 class StreamAugmentation:
@@ -170,55 +263,41 @@ class StreamAugmentation:
 
     picture -> (3, size, size) uint8. picture and its LabelMap, (k, H, W) each -> those two and the crop's box (4,) in
     the map; flip and RandAugment then come before the crop, and change both, as published.
-    Published: timm's rand-m9-mstd0.5-inc1; torchvision's RandAugment has no spread of the magnitude.
     """
 
     MODES = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
 
-    def __init__(self, size: int, area=(0.08, 1.0), flip: float = 0.5, magnitude: int = 9):
+    def __init__(self, size: int, area=(0.08, 1.0), flip: float = 0.5, magnitude: float = 9):
         self.size, self.flip = size, flip
         self.crops = [v2.RandomResizedCrop(size, scale=area, interpolation=mode) for mode in self.MODES]
-        self.augment = PairedRandAugment(num_ops=2, magnitude=magnitude) if magnitude else None
-        self.alone = v2.Compose([v2.RandomChoice(self.crops), v2.RandomHorizontalFlip(flip),
-                                 *([self.augment] if magnitude else []), v2.PILToTensor()])
+        self.randaugment = RandAugment(magnitude) if magnitude else None
 
     def __call__(self, picture: Image.Image, label_map: LabelMap | None = None):
         if label_map is None:
-            return self.alone(picture)
-        planes = torch.cat([label_map.logits, label_map.ids.float()])  # (2k, H, W)
-        if torch.rand(()) < self.flip:
-            picture, planes = v2.functional.horizontal_flip(picture), planes.flip(2)
-        if self.augment is not None:
-            picture, planes = self.augment(picture, planes)
+            picture, _ = self.change(self.crop(picture)[0])
+            return v2.functional.pil_to_tensor(picture)
+        picture, theta = self.change(picture)
+        changed = warp_map(LabelMap(*(plane[None] for plane in label_map)), theta[None])
+        image, box = self.crop(picture)
+        return v2.functional.pil_to_tensor(image), LabelMap(*(plane[0] for plane in changed)), box
+
+    def change(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+        """Flip and RandAugment; and theta (2, 3), for warp_map to do the same to the label map."""
+        sides, places = torch.tensor([picture.width, picture.height, 1.0]).double(), torch.eye(3).double()
+        flipped = bool(torch.rand(()) < self.flip)
+        if flipped:
+            picture = v2.functional.horizontal_flip(picture)
+        if self.randaugment is not None:
+            picture, places = self.randaugment(picture)
+        to_pixels = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]]).double() * sides[:, None]
+        theta = torch.linalg.inv(to_pixels) @ places @ to_pixels  # from -1 to 1
+        return picture, theta[:2] * torch.tensor([[-1.0 if flipped else 1.0], [1.0]])
+
+    def crop(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+        """A random part as (size, size), and its box (4,): x1, y1, x2, y2 as fractions of the picture's sides."""
         crop = self.crops[int(torch.randint(2, ()))]
         params = crop.make_params([picture])
         top, left, height, width = (params[side] for side in ("top", "left", "height", "width"))
         image = v2.functional.resized_crop(picture, top, left, height, width, [self.size] * 2, crop.interpolation)
         sides = torch.tensor([picture.width, picture.height] * 2)
-        logits, ids = planes.chunk(2)
-        return (v2.functional.pil_to_tensor(image), LabelMap(logits, ids.long()),
-                torch.tensor([left, top, left + width, top + height]) / sides)
-
-
-class PairedRandAugment(v2.RandAugment):
-    """RandAugment of a picture alone, or of a picture and the planes (2k, H, W) of its label map, on which the
-    geometric operations act too (nearest cell, outside is 0). torchvision's own refuses a second input."""
-
-    FINER = 8  # subcells a cell, for planes in the picture's proportions: a turn of the square map would be a shear
-
-    def forward(self, picture, planes=None):
-        self.planes = None
-        if planes is None:
-            return super().forward(picture)
-        height, width = planes.shape[1:]
-        proportions = self.FINER * height, round(self.FINER * height * picture.width / picture.height)
-        self.planes = F.interpolate(planes[None], proportions, mode="nearest-exact")[0]
-        picture = super().forward(picture)
-        return picture, F.interpolate(self.planes[None], (height, width), mode="nearest-exact")[0]
-
-    def _apply_image_or_video_transform(self, image, transform_id, magnitude, interpolation, fill):
-        apply = super()._apply_image_or_video_transform
-        if self.planes is not None and transform_id.startswith(("Shear", "Translate", "Rotate")):
-            scale = self.planes.shape[1] / image.height if transform_id.startswith("Translate") else 1.0  # of pixels
-            self.planes = apply(self.planes, transform_id, magnitude * scale, v2.InterpolationMode.NEAREST, fill)
-        return apply(image, transform_id, magnitude, interpolation, fill)
+        return image, torch.tensor([left, top, left + width, top + height]) / sides

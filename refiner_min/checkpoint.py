@@ -2,8 +2,8 @@
 
     save(state, path)                   written aside, then renamed; the file before it stays as its backup
     load(path) -> state                 the backup, with a word about it, where the file is damaged
-    load_model(path) -> model, state    a model as training saved it
-    load_released(model, path)          the published .pth.tar files
+    load_model(path) -> model, state    a model as training, or the published code, saved it
+    load_released(model, path)          published weights into a model of one's own
 
 It imports model.py.
 """
@@ -87,18 +87,60 @@ def _read(path: Path, map_location="cpu") -> dict:
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
 
 
-def load_model(path, map_location="cpu") -> tuple[RefinerViT, dict]:
-    """The model that training saved at path, EMA weights where it kept them, in evaluation mode; and all of the file.
-    UserError: no such file, damaged, or not of this package."""
+def weights_of(state: dict, wanted: str | None = None, path="the file") -> tuple[dict, str]:
+    """The weights in a file's state, by our names, and which they are: "ema", their moving average, or "raw".
+
+    wanted: one of the two, or None: of ours the average where there is one, of a published file the raw ones, as its
+    code takes them. UserError: those that are wanted are not in the file.
+    """
+    ours = "config" in state
+    keys = {"ema": "ema", "raw": "model"} if ours else {"raw": "state_dict", "ema": "state_dict_ema"}
+    there = {which: state[key] for which, key in keys.items() if state.get(key) is not None}
+    if not ours and not there:
+        there = {"raw": state}
+    which = wanted or next(iter(there))
+    if which not in there:
+        raise UserError(f"{path} holds no {which} weights, only {' and '.join(there)}")
+    return there[which] if ours else {our_name(name): value for name, value in there[which].items()}, which
+
+
+def load_model(path, map_location="cpu", wanted: str | None = None) -> tuple[RefinerViT, dict]:
+    """The model that training or the published code saved at path, in evaluation mode, and all of the file. wanted: as
+    weights_of's. UserError: no such file, damaged, or of no model that this version knows."""
     state = load(path, map_location)
-    if "config" not in state:
-        raise UserError(f"{path} was not written by refiner_min.train; published weights: checkpoint.load_released")
+    weights, _ = weights_of(state, wanted, path)
     try:
-        model = RefinerViT(RefinerConfig(**state["config"])).to(map_location)
+        config = RefinerConfig(**state["config"]) if "config" in state else released_config(weights, path)
+        model = RefinerViT(config).to(map_location)
     except (TypeError, ValueError) as error:  # a field that this version does not know
         raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
-    load_weights(model, state.get("ema") or state["model"])
+    load_weights(model, weights)
     return model.eval(), state
+
+
+def released_config(weights: dict, path="the file") -> RefinerConfig:
+    """The configuration of published weights, by our names, from their shapes. UserError: they are of another model."""
+    try:
+        return _released_config(weights)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} was not written by refiner_min.train, and is no published Refiner-ViT "
+                        f"({error})") from None
+
+
+def _released_config(weights: dict) -> RefinerConfig:
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    refined = min(name for name in weights if name.endswith("refinement.reduce.0.weight"))
+    refinement = refined.removesuffix("reduce.0.weight")
+    heads, expanded = weights[refined].shape[:2]
+    dim, _, patch, _ = weights["stem.3.weight"].shape
+    grid = round((weights["position"].shape[1] - 1) ** 0.5)
+    kernel = weights.get(f"{refinement}convolve.0.weight")
+    return RefinerConfig(
+        img_size=grid * 2 * patch, patch_size=2 * patch, in_channels=weights["stem.0.0.weight"].shape[1],
+        num_classes=len(weights["head.bias"]), dim=dim, depth=len(blocks), heads=heads,
+        mlp_ratio=len(weights["blocks.0.mlp.fc1.bias"]) / dim, share=not refined.startswith("blocks.0."),
+        expand=expanded // heads, kernel_size=1 if kernel is None else kernel.shape[2],
+        dense="token_head.weight" in weights, stem=tuple(len(weights[f"stem.{index}.0.weight"]) for index in range(3)))
 
 
 def load_weights(model: RefinerViT, weights: dict, classifier: bool = True):
@@ -120,20 +162,21 @@ def load_weights(model: RefinerViT, weights: dict, classifier: bool = True):
 
 
 def _resize_position(position: torch.Tensor, grid: int) -> torch.Tensor:
-    """Positions for another grid, bicubic; the class token's stays: (1, M, C) -> (1, grid * grid + 1, C)."""
+    """Positions for another grid, bicubic; the class token's stays: (1, M, C) -> (1, grid * grid + 1, C).
+    Enlarged as published, without antialiasing; made smaller, which the published code does not do, with it."""
     side = round((position.shape[1] - 1) ** 0.5)
     patches = position[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()  # (1, C, side, side)
-    patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)  # (1, C, grid, grid)
+    patches = F.interpolate(patches, (grid, grid), mode="bicubic", antialias=grid < side)  # (1, C, grid, grid)
     return torch.cat([position[:, :1], patches.flatten(2).transpose(1, 2).to(position.dtype)], dim=1)
 
 
-def load_released(model: RefinerViT, source, classifier: bool = True):
+def load_released(model: RefinerViT, source, classifier: bool = True, wanted: str | None = None):
     """Copy published weights into model.
 
-    source: a published .pth.tar file, or the state dict in it. Plain, under "state_dict" or "state_dict_ema" (the one
-    preferred), with or without the prefix "module.". Positions of another grid are resized; classifier=False leaves
-    both heads out, a model with dense=False the token head. UserError: what does not fit, key by key, or a file that
-    is damaged or holds more than weights.
+    source: a published .pth.tar file, or the state dict in it; plain, under "state_dict" or "state_dict_ema" (wanted:
+    "raw" or "ema", raw if not said), with or without the prefix "module.". Positions of another grid are resized;
+    classifier=False leaves both heads out, a model with dense=False the token head. UserError: what does not fit, key
+    by key, or a file that is damaged or holds more than weights.
     Published: https://github.com/zhoudaquan/Refiner_ViT links L at 448 px only; its first version (2021-06) has no
     scale on the MLP's branch, so its weights do not fit.
     """
@@ -141,11 +184,7 @@ def load_released(model: RefinerViT, source, classifier: bool = True):
         if not Path(source).exists():
             raise UserError(f"there are no weights at {source}")
         source = _read(Path(source))
-    for key in ("state_dict_ema", "state_dict"):
-        if source.get(key) is not None:
-            source = source[key]
-            break
-    weights = {our_name(name): value for name, value in source.items()}
+    weights, _ = weights_of(source, wanted)
     if not model.config.dense:
         weights = {name: value for name, value in weights.items() if not name.startswith("token_head.")}
     load_weights(model, weights, classifier)

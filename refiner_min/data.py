@@ -3,13 +3,13 @@
     load_subset(...) -> Subset of two splits (splits.MemorySplit, splits.StreamSplit, scenes.SceneSplit)
 
 A small set is decoded once and kept in memory; ImageNet, and a folder that is too large for that, streams.
-It imports splits, scenes, augment (what a stream does to its pictures) and label_store (the training split's maps).
+It imports pictures, splits, scenes, augment (what a stream does to its pictures) and label_store (the maps).
 """
 
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ResNet18_Weights
+from torchvision.transforms.v2.functional import to_pil_image
 
 from refiner_min import UserError, some
 from refiner_min.augment import StreamAugmentation, evaluation_picture
 from refiner_min.label_store import open_labels
-from refiner_min.pictures import stored_size
+from refiner_min.pictures import squash, stored_size
 from refiner_min.scenes import SceneSplit
 from refiner_min.splits import MemorySplit, PictureMaps, StreamSplit, decode, picture_names
 
@@ -51,6 +52,10 @@ class Subset:
     annotator: str | None = None  # who made them
 
     @property
+    def storage(self) -> str:
+        return "stream" if isinstance(self.val, StreamSplit) else "memory"
+
+    @property
     def class_names(self) -> list[str]:
         return class_names(self.classes)
 
@@ -70,37 +75,42 @@ def imagenet_wnids() -> list[str]:
 # Opening a subset
 
 
-def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = False, grid: int = 8,
-                eval_crop: float = 1.0, seed: int = 0, workers: int = 0, skip_bad: bool = False, transform=None,
-                labels: str | None = None) -> Subset:
+def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = False, storage: str | None = None,
+                grid: int = 8, eval_crop: float = 1.0, seed: int = 0, workers: int = 0, skip_bad: bool = False,
+                pin_memory: bool = False, transform=None, labels: str | None = None) -> Subset:
     """Open a subset by name for images of size x size pixels.
 
     data: the extracted folder with train/ and val/; None looks in data/ and downloads what can be downloaded.
-    only_val: to evaluate; a folder then needs no train/. grid: tokens a side, of digit-scenes' token labels. labels: a
-    folder of label maps of the training pictures.
-    For a streamed set: eval_crop, the share of the shorter side that evaluation keeps; transform, that of training.
+    only_val: to evaluate; a folder then needs no train/. storage: "memory", where pictures are decoded once and kept,
+    or "stream", which ImageNet and what is too large for MEMORY_LIMIT do if it is not said. grid: tokens a side, of
+    digit-scenes' token labels. eval_crop: of augment.evaluation_picture. labels: a folder of label maps of the training
+    pictures. For a streamed set: workers, pin_memory, and transform, that of training.
     UserError: what is missing, empty or unreadable.
     """
     if subset in BUILT_IN:
-        if data is not None:
-            raise UserError(f"--data {data} does not go with --subset {subset}, which is built in: add --subset folder")
-        if labels is not None:
-            raise UserError(f"--relabel {labels} does not go with --subset {subset}, which is built in")
-        return _digits(size) if subset == "digits" else _digit_scenes(size, grid, seed)
+        for flag, value in (("data", data), ("relabel", labels), ("storage", storage)):
+            if value is not None:
+                hint = ": add --subset folder" if flag == "data" else ""
+                raise UserError(f"--{flag} {value} does not go with --subset {subset}, which is built in{hint}")
+        return _digits(size, eval_crop) if subset == "digits" else _digit_scenes(size, grid, seed)
     root, folders, classes = open_folders(subset, data, ("val",) if only_val else ("train", "val"))
     store = open_labels(labels, classes) if labels is not None else None
-    stored = stored_size(size)
+    as_evaluated, stored = partial(evaluation_picture, size=size, crop=eval_crop), stored_size(size)
     count = sum(len(folder.samples) for folder in folders.values())
-    if subset == "imagenet" or count * 3 * stored**2 > MEMORY_LIMIT:
-        transforms = {"train": transform or StreamAugmentation(size),
-                      "val": partial(evaluation_picture, size=size, crop=eval_crop)}
+    large = subset == "imagenet" or count * 3 * stored**2 > MEMORY_LIMIT
+    if (storage or ("stream" if large else "memory")) == "stream":
+        transforms = {"train": transform or StreamAugmentation(size), "val": as_evaluated}
         splits = {name: _stream(folder, transforms[name], seed=seed, workers=workers, skip_bad=skip_bad,
-                                store=store if name == "train" else None, keep_workers=name == "train")
+                                pin_memory=pin_memory, store=store if name == "train" else None,
+                                keep_workers=name == "train")
                   for name, folder in folders.items()}
     else:
-        splits = {name: decode(folder, stored, skip_bad) for name, folder in folders.items()}
-        if store is not None:
-            splits["train"].maps = PictureMaps(store, store.find(splits["train"].names))
+        val = decode(folders["val"], as_evaluated, size, f"{size}px-crop{eval_crop:g}", skip_bad)
+        splits = {"val": replace(val, cropped=True)}
+        if not only_val:
+            squashed = decode(folders["train"], partial(squash, size=stored), stored, f"{stored}px", skip_bad)
+            maps = PictureMaps(store, store.find(squashed.names)) if store is not None else None
+            splits["train"] = replace(squashed, maps=maps)
     found = dict(relabel=str(store.folder), annotator=store.annotator) if store is not None else {}
     return Subset(subset, str(root), splits.get("train"), splits["val"], classes, **found)
 
@@ -124,14 +134,16 @@ def open_folders(subset: str, data: str | None, splits=("train", "val")) -> tupl
     return root, folders, _check_folders(root, folders, subset)
 
 
-def _digits(size: int) -> Subset:
+def _digits(size: int, eval_crop: float) -> Subset:
     """The built-in digits, enlarged once with bicubic interpolation."""
     splits = []
     for images, labels in _built_in_digits():
         enlarged = F.interpolate(images, (size, size), mode="bicubic")  # (n, 1, size, size)
         pictures = enlarged.round().clamp(0, 255).to(torch.uint8)
         splits.append(MemorySplit(pictures, torch.ones(len(labels)), labels))
-    return Subset("digits", None, *splits, DIGITS, channels=1)
+    train, val = splits
+    shown = torch.stack([evaluation_picture(to_pil_image(picture), size, eval_crop) for picture in val.pictures])
+    return Subset("digits", None, train, replace(val, pictures=shown, cropped=True), DIGITS, channels=1)
 
 
 def _digit_scenes(size: int, grid: int, seed: int) -> Subset:

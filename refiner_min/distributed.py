@@ -24,16 +24,23 @@ def local_world() -> int:
     return _launched("LOCAL_WORLD_SIZE", 1)
 
 
+def launched() -> bool:
+    """Whether this is one of several processes, of this machine or others."""
+    return _launched("WORLD_SIZE", 1) > 1
+
+
 def launcher() -> str:
     """What starts this many processes on the command line."""
     return f"torchrun --nproc-per-node {local_world()}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
 
 
 def rank() -> int:
+    """This process's number among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -45,8 +52,11 @@ def is_main() -> bool:
 @contextmanager
 def process_group(device: torch.device):
     """Join the processes that torchrun started, if it did, and leave them at the end."""
-    if _launched("WORLD_SIZE", 1) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if launched():
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     try:
         yield
     finally:
@@ -68,6 +78,13 @@ def sum_over_processes(tensor) -> torch.Tensor:
     """tensor, in place, summed over the processes."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
+    return tensor
+
+
+def smallest_over_processes(tensor) -> torch.Tensor:
+    """tensor, in place, with the smallest values of the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
     return tensor
 
 

@@ -1,8 +1,8 @@
-"""A run: the step, the epoch, the average of the weights, evaluation, stopping, and what is saved to go on from.
+"""A run: the step, the epoch, the average of the weights, stopping, and what is saved to go on from.
 
 The pieces stand in the order in which training uses them. Source of the steps: timm's training script as the published
 code runs it; the code is ours.
-It imports data, augment, relabel, recipes, checkpoint, records, hardware and distributed.
+It imports model, data, augment, relabel, recipes, checkpoint, evaluation, records, hardware and distributed.
 """
 
 import math
@@ -11,21 +11,24 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from refiner_min import UserError, checkpoint, distributed, hardware, records, seed_for
-from refiner_min.augment import Augmentation, Batch, center_crop, normalise
+from refiner_min.augment import Augmentation, Batch, StreamAugmentation, erase
 from refiner_min.data import Subset
+from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import Recipe, schedule
+from refiner_min.recipes import VERSION, Recipe, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
 
+LOSS_HINT = ("training stopped and the last good checkpoint was kept: a smaller --lr or a longer --warmup-epochs "
+             "usually helps")
 LOOK_EVERY = 20  # steps between two looks at the loss and, with several processes, at a request to stop
 
 
@@ -60,15 +63,15 @@ def make_mixing(recipe: Recipe, num_classes: int):
     return mix
 
 
+def make_stream_augmentation(recipe: Recipe) -> StreamAugmentation:
+    """What the workers of a streamed set do to a picture."""
+    return StreamAugmentation(recipe.img_size, (recipe.crop_min, recipe.crop_max), recipe.flip, recipe.randaugment)
+
+
 def make_augmentation(recipe: Recipe, split) -> Augmentation:
-    area, colour = (None, 0.0) if split.cropped else ((recipe.crop_min, recipe.crop_max), recipe.colour)
-    return Augmentation(recipe.img_size, area, flip=recipe.flip, turn=recipe.turn, colour=colour,
-                             erasing=recipe.erasing)
-
-
-def zeros(count: int, device: torch.device) -> torch.Tensor:
-    """To sum up in; Apple's GPUs have no float64."""
-    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    """What is done to a batch on its device."""
+    area = None if split.cropped else (recipe.crop_min, recipe.crop_max)
+    return Augmentation(recipe.img_size, area, flip=recipe.flip, turn=recipe.turn, colour=recipe.colour)
 
 
 class LossWatch:
@@ -76,17 +79,17 @@ class LossWatch:
 
     def __init__(self, device):
         self.device = device
-        self.total = zeros(3, device)  # sum of losses, pictures, first bad step + 1
+        self.total = torch.zeros(2, dtype=hardware.widest_float(device), device=device)  # sum of losses, pictures
+        self.bad = torch.full((), math.inf, device=device)  # the first step whose loss was not finite
         self.shown, self.pending = math.nan, None
 
     def add(self, loss, count: int, step: int):
         loss = loss.detach()
-        self.total[0] += loss * count
-        self.total[1] += count
-        self.total[2] += (step + 1) * ((self.total[2] == 0) & ~loss.isfinite())
+        self.total += torch.stack([loss * count, torch.full_like(loss, count)])
+        self.bad = torch.where(loss.isfinite(), self.bad, self.bad.clamp(max=step))
         if self.pending is None and (step % LOOK_EVERY == 0 or self.device.type == "cpu"):
             cuda = self.device.type == "cuda"
-            values = torch.stack([loss.to(self.total), self.total[2]]).to("cpu", non_blocking=cuda)
+            values = torch.stack([loss.to(self.bad), self.bad]).to("cpu", non_blocking=cuda)
             self.pending = values, torch.cuda.current_stream().record_event() if cuda else None
         if self.pending is not None and (self.pending[1] is None or self.pending[1].query()):
             (self.shown, bad), self.pending = self.pending[0].tolist(), None
@@ -95,17 +98,16 @@ class LossWatch:
     def mean(self) -> float:
         """The mean loss a picture since the start; waits for the device. UserError if it was ever not finite.
         Of several processes the first one then holds all of the sums, to be saved."""
-        loss, count, bad = distributed.sum_over_processes(self.total).tolist()
+        self.check(float(distributed.smallest_over_processes(self.bad)))
+        loss, count = distributed.sum_over_processes(self.total).tolist()
         if not distributed.is_main():
             self.total.zero_()
-        self.check(bad)
         return loss / count
 
     @staticmethod
     def check(bad: float):
-        if bad:
-            raise UserError(f"the loss was not finite at step {int(bad) - 1}; training stopped and the last good "
-                            f"checkpoint was kept: a smaller --lr or a longer --warmup-epochs usually helps")
+        if bad < math.inf:
+            raise UserError(f"the loss was not finite at step {int(bad)}; {LOSS_HINT}")
 
 
 class StopRequest:
@@ -142,13 +144,16 @@ class Run:
     is drawn from a seed made of the run's seed and the step, so no state of a generator needs to be kept."""
 
     def __init__(self, recipe: Recipe, subset: Subset, net: RefinerViT, device: torch.device, out: Path,
-                 compiled: bool = False):
+                 compiled: bool = False, eval_batch: int | None = None):
         self.recipe, self.device, self.out = recipe, device, out
         self.subset = replace(subset, train=subset.train.to(device), val=subset.val.to(device))
         self.rank, self.world = distributed.rank(), distributed.world()
         self.local_batch = recipe.batch_size // self.world  # pictures a step in this process
+        self.eval_batch = eval_batch or self.local_batch
         self.steps_per_epoch = len(subset.train) // recipe.batch_size
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if recipe.sync_bn and self.world > 1 else net
         self.model = net.to(device)
+        self.settings = hardware.set_up_training(self.model, device, recipe.amp)
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.wrapped = torch.compile(self.wrapped) if compiled else self.wrapped
         self.ema = deepcopy(self.model).eval() if recipe.ema else None
@@ -183,10 +188,10 @@ class Run:
 
     def origin(self) -> dict:
         """What is trained on what."""
-        return {"subset": self.subset.name, "data": self.subset.root, "recipe": asdict(self.recipe),
-                "config": asdict(self.model.config), "classes": self.subset.class_names,
+        return {"subset": self.subset.name, "data": self.subset.root, "recipe_version": VERSION,
+                "recipe": asdict(self.recipe), "config": asdict(self.model.config), "classes": self.subset.class_names,
                 "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world,
-                "relabel": self.subset.relabel, "annotator": self.subset.annotator}
+                "storage": self.subset.storage, "relabel": self.subset.relabel, "annotator": self.subset.annotator}
 
     def state(self) -> dict:
         """All of the run, to go on from."""
@@ -224,7 +229,8 @@ class Run:
         for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
             torch.manual_seed(seed_for("step", self.recipe.seed, self.step, self.rank))
             batch = self.augment(batch)
-            self.train_step(*self.mix(batch.pictures, self.labels(batch)))
+            images, labels = self.mix(batch.pictures, self.labels(batch))
+            self.train_step(erase(images, self.recipe.erasing) if self.recipe.erasing else images, labels)
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
@@ -244,16 +250,25 @@ class Run:
         grid = self.model.config.grid
         box = mix_token_box(grid, float(torch.rand(()))) if self.recipe.mix_token else None
         with hardware.autocast(self.device, self.recipe.amp):
-            output = self.wrapped(images, box)
-        loss = self.criterion(output, labels, box_share(box, grid) if box is not None else 0.0)
+            output = self.wrapped(images, None if box is None else torch.tensor(box))
+        loss = self.criterion(output, labels, 0.0 if box is None else box_share(box, grid))
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        self.update_average()
+        if self.update_weights():
+            self.scheduler.step()
+            self.update_average()
         self.loss.add(loss, len(images), self.step)
         self.step += 1
+
+    def update_weights(self) -> bool:
+        """The optimizer's step; False if fp16's scaler left it out, because a gradient was not finite."""
+        if self.recipe.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        before = self.scaler.get_scale()  # waits for a GPU in fp16 only: else it is 1
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
 
     def update_average(self):
         """Move the average towards the weights and BatchNorm's statistics; young, it follows them closely. torch's
@@ -262,50 +277,9 @@ class Run:
             decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
             get_ema_multi_avg_fn(decay)(*self.averaged, None)
 
-    def evaluate(self) -> "Score":
-        return evaluate(self.best_model, self.subset.val, self.device, self.local_batch, self.recipe.eval_crop)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-class Score(NamedTuple):
-    loss: float  # the mean over the pictures
-    right: int
-    count: int
-    token_accuracy: float | None  # over the patch tokens whose label is known; None where none is
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.count
-
-
-@torch.no_grad()
-def evaluate(net: RefinerViT, split, device: torch.device, batch_size: int, crop: float = 1.0) -> Score:
-    """How well the model, which is on the device, tells the split's pictures apart. Without autocast.
-    batch_size: of one process; crop: the share of the shorter side that is looked at (decoded sets)."""
-    net, split = net.eval(), split.to(device)
-    distributed.take_from_first(net.buffers())  # each process has its own statistics in BatchNorm
-    totals = zeros(5, device)  # sum of losses, right answers, pictures, right tokens, tokens with a label
-    indices = torch.arange(distributed.rank(), len(split), distributed.world())
-    for batch in split.epoch(indices, batch_size):
-        if split.cropped:
-            images = normalise(batch.pictures)
-        else:
-            images = center_crop(batch.pictures, batch.aspects, net.config.img_size, crop)
-        output = net.forward_head(net.forward_features(images))
-        logits = output.combined()
-        totals[0] += F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals[1] += (logits.argmax(dim=1) == batch.labels).sum()
-        totals[2] += len(batch.labels)
-        if output.token_logits is not None and batch.token_labels is not None:
-            right = output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2)  # (B, T)
-            labelled = batch.token_labels.sum(dim=2) > 0
-            totals[3] += (right & labelled).sum()
-            totals[4] += labelled.sum()
-    loss, right, count, tokens_right, tokens = distributed.sum_over_processes(totals).tolist()
-    return Score(loss / count, int(right), int(count), tokens_right / tokens if tokens else None)
+    def evaluate(self, net: RefinerViT | None = None):
+        """The evaluation.Score of net, or else of best_model."""
+        return evaluate(net or self.best_model, self.subset.val, self.device, self.eval_batch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,18 +314,21 @@ def finish_epoch(run: Run, loss: float):
     """Evaluate, and save what the epoch came to. UserError, and nothing saved, if the weights are not finite."""
     score = run.evaluate()
     if not math.isfinite(score.loss):
-        LossWatch.check(run.step)
-    run.history.append({
-        "epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
-        "val_loss": score.loss, "val_accuracy": score.accuracy, "seconds": round(run.seconds, 1),
-        "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1),
-        **({} if score.token_accuracy is None else {"val_token_accuracy": score.token_accuracy})})
+        raise UserError(f"the validation loss was not finite after epoch {run.epoch}; {LOSS_HINT}")
+    row = {"epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
+           "val_loss": score.loss, "val_accuracy": score.accuracy, "seconds": round(run.seconds, 1),
+           "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1)}
+    if score.token_accuracy is not None:
+        row["val_token_accuracy"] = score.token_accuracy
+    if run.ema is not None:
+        row["val_accuracy_raw"] = run.evaluate(run.model).accuracy  # of the weights themselves
+    run.history.append(row)
     run.loss, run.seconds = LossWatch(run.device), 0.0
     if run.rank == 0:
-        tqdm.write(records.table_row(run.history[-1]))
-        if run.history[-1]["val_accuracy"] >= max(row["val_accuracy"] for row in run.history):
-            best = {**run.origin(), "model": run.best_model.state_dict(), "row": run.history[-1]}
-            checkpoint.save(best, run.out / "best.pt")
+        tqdm.write(records.table_row(row))
+        if row["val_accuracy"] >= max(row["val_accuracy"] for row in run.history):
+            kind = "model" if run.ema is None else "ema"
+            checkpoint.save({**run.origin(), kind: run.best_model.state_dict(), "row": row}, run.out / "best.pt")
         checkpoint.save(run.state(), run.out / "last.pt", backup=True)
         records.write_history(run.out, run.history, run.title)
 

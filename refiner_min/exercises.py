@@ -288,22 +288,24 @@ def check_mixed_label(mixed_label):
 
 
 def check_schedule(rate):
-    """rate(step, warmup, total): the share of the peak learning rate; linear warm-up, then half a cosine to zero."""
-    def curve(step, warmup, total, late=0, whole=1):
+    """rate(step, warmup, total): the share of the peak learning rate; linear warm-up, then half a cosine to zero that
+    counts from step 0."""
+    def curve(step, warmup, total, begin=0, whole=1):
         if step < warmup:
-            return (step + 1 - late) / (warmup + 1 - late)
-        return (1 + math.cos(whole * math.pi * (step - warmup) / (total - warmup))) / 2
+            return step / warmup
+        return (1 + math.cos(whole * math.pi * (step - begin) / (total - begin))) / 2
 
     steps = [0, 3, 9, 10, 11, 35, 60, 99]
     right = torch.tensor([curve(step, 10, 100) for step in steps])
     compare(torch.tensor([float(answer(rate, step, 10, 100)) for step in steps]), right, {
-        "step 0 does nothing: begin at 1 / (warmup + 1)":
-            torch.tensor([curve(step, 10, 100, late=1) for step in steps]),
+        "the warm-up begins at 0, and the cosine where the warm-up ends": torch.tensor(
+            [(step + 1) / 11 if step < 10 else curve(step, 10, 100, begin=10) for step in steps]),
+        "the warm-up begins at 0": torch.tensor([(step + 1) / 11 if step < 10 else curve(step, 10, 100)
+                                                 for step in steps]),
+        "the cosine counts from step 0, not from the end of the warm-up":
+            torch.tensor([curve(step, 10, 100, begin=10) for step in steps]),
         "the cosine runs a whole turn and climbs again; half a turn ends at zero":
             torch.tensor([curve(step, 10, 100, whole=2) for step in steps]),
-        "the cosine counts from step 0; it begins where the warm-up ends":
-            torch.tensor([curve(step, 10, 100) if step < 10 else (1 + math.cos(math.pi * step / 100)) / 2
-                          for step in steps]),
         "there is no warm-up": torch.tensor([(1 + math.cos(math.pi * step / 100)) / 2 for step in steps]),
     })
 

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import torch
 
-from refiner_min import UserError, checkpoint, plots, run_command
-from refiner_min.augment import center_crop
-from refiner_min.pictures import read_picture, squash, stored_size
+from refiner_min import UserError, checkpoint, data, plots, recipes, run_command
+from refiner_min.augment import evaluation_picture, normalise
+from refiner_min.pictures import read_picture
 
 
-def prepare(photo, config, eval_crop: float = 1.0) -> torch.Tensor:
+def evaluation_image(photo, config, eval_crop: float = 1.0) -> torch.Tensor:
     """The photo at a path as the model takes it in evaluation: (1, channels, S, S) from -1 to 1."""
     picture = read_picture(photo, "L" if config.in_channels == 1 else "RGB")
-    aspects = torch.tensor([picture.width / picture.height])
-    squares = squash(picture, stored_size(config.img_size))[None]  # (1, channels, stored, stored)
-    return center_crop(squares, aspects, config.img_size, eval_crop)
+    return normalise(evaluation_picture(picture, config.img_size, eval_crop))[None]
 
 
 def class_token_maps(model, image, blocks: int) -> dict:
@@ -40,9 +38,14 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
     """Draw the explanation of the photo into the PNG out; returns the five likeliest classes with their
     probabilities. UserError: what cannot be read or written."""
     model, state = checkpoint.load_model(weights)
-    image = prepare(photo, model.config, state["recipe"]["eval_crop"])
-    probabilities, classes = model(image).softmax(dim=1)[0].topk(min(5, model.config.num_classes))
-    names = [state["classes"][index] for index in classes]
+    if "config" in state:
+        crop, classes = state["recipe"]["eval_crop"], state["classes"]
+    else:  # published
+        crop, count = recipes.published_crop(model.config), model.config.num_classes
+        classes = data.class_names(data.imagenet_wnids()) if count == 1000 else [f"class {k}" for k in range(count)]
+    image = evaluation_image(photo, model.config, crop)
+    probabilities, likeliest = model(image).softmax(dim=1)[0].topk(min(5, model.config.num_classes))
+    names = [classes[index] for index in likeliest]
     shown = (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).squeeze(2)  # (S, S, 3), or (S, S) of a grey model
     figure = plots.explanation(shown.numpy(), names, probabilities.tolist(), class_token_maps(model, image, blocks))
     plots.save_figure(figure, out)
@@ -52,7 +55,8 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m refiner_min.explain", description=__doc__.split("\n\n")[1])
     parser.add_argument("photo", metavar="PHOTO")
-    parser.add_argument("--weights", metavar="PATH", required=True, help="a best.pt or last.pt of refiner_min.train")
+    parser.add_argument("--weights", metavar="PATH", required=True, help="a best.pt or last.pt of refiner_min.train, "
+                        "or published weights")
     parser.add_argument("--out", metavar="PNG", help="default: PHOTO's name with -explained.png, in this folder")
     parser.add_argument("--blocks", type=int, default=4, help="how many blocks to show (default: 4)")
     args = parser.parse_args(arguments)

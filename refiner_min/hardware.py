@@ -1,15 +1,20 @@
-"""What the machine offers: the device to compute on, its number format, its name, its cores. Commands ask here."""
+"""What the machine offers and how it is set: the device, its number formats, its name, its cores. Commands ask here."""
 
 import os
 import platform
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from refiner_min import UserError, distributed
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one. UserError: it cannot be used here."""
+    """The device of that name; None: a GPU if there is one, of several processes a GPU each. UserError: it cannot be
+    used here."""
+    if distributed.launched() and name is not None and ":" in name:
+        raise UserError(f"--device {name} would be that of every process: leave the number out, and each takes its own")
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{distributed.local_rank()}"
     try:
@@ -34,6 +39,42 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Matrix products in that format: "bf16", "fp16" or "off"."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=amp != "off")
+
+
+@contextmanager
+def exact_float32():
+    """Within it, a GPU's products and convolutions in float32 are just that: no TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def set_up_training(network: nn.Module, device: torch.device, amp: str) -> dict:
+    """The settings that make training on a GPU faster, made here alone; what config.json says of them.
+
+    TF32 where autocast is on, too: what autocast leaves in float32. cudnn measures which of its algorithms is fastest.
+    Convolutions, on pictures and on attention maps, have their channels last in memory.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("highest" if amp == "off" else "high")
+        torch.backends.cudnn.allow_tf32 = amp != "off"
+        torch.backends.cudnn.benchmark = True
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+    return {"tf32": on_gpu and amp != "off", "tf32_in_evaluation": False, "cudnn_benchmark": on_gpu,
+            "channels_last": on_gpu}
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """To sum up in: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def describe(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from refiner_min import UserError, replacing
+from refiner_min import UserError, replacing, some, write_json
 
 
 class LabelMap(NamedTuple):
@@ -48,7 +48,7 @@ class PackedLabels:
         if facts["classes"] != classes:
             other = sorted(set(facts["classes"]) ^ set(classes)) or ["another order"]
             raise UserError(f"{folder} was made for other classes ({len(facts['classes'])}; the set has "
-                            f"{len(classes)}; different: {', '.join(other[:3])})")
+                            f"{len(classes)}; different: {some(other)})")
         if facts["done"] < len(names):
             raise UserError(f"{folder} is not complete ({facts['done']} of {len(names)} pictures): the command that "
                             f"began it goes on with --resume")
@@ -137,17 +137,17 @@ class LabelWriter:
         if not maps.logits.half().isfinite().all():
             raise UserError(f"{self.facts['annotator']} gives logits that are not finite on this device: --device cpu")
         for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
-            self.write(file, plane.numpy().astype(dtype).tobytes())
+            self._write(file, plane.numpy().astype(dtype).tobytes())
         self.facts["done"] += len(maps.ids)
         self.facts["skipped"] += skipped
 
     def save(self):
+        """Let what was added count. UserError: no room."""
         for file in self.files:
-            self.write(file, b"", sync=True)
-        with replacing(self.folder / PackedLabels.FACTS) as file:
-            file.write(f"{json.dumps(self.facts, indent=1)}\n".encode())
+            self._write(file, b"", sync=True)
+        write_json(self.folder / PackedLabels.FACTS, self.facts)
 
-    def write(self, file, content: bytes, sync: bool = False):
+    def _write(self, file, content: bytes, sync: bool = False):
         try:
             file.write(content)
             file.flush()

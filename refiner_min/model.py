@@ -244,8 +244,8 @@ class RefinerViT(nn.Module):
     def forward(self, images, mix_box=None):
         """Evaluation: logits (B, K), the class token's plus half the largest of the patch tokens'.
         Training: RefinerOutput. Without the dense head, the class token's logits (B, K) in both.
-        mix_box (row0, col0, row1, col1), half open, on the token grid (MixToken): the tokens inside come from the
-        reversed batch; token_logits are swapped back, each to its own picture. ValueError: images of another shape."""
+        mix_box (row0, col0, row1, col1), a tuple or a tensor (4,), half open, on the token grid (MixToken): the tokens
+        inside come from the reversed batch; token_logits are swapped back. ValueError: images of another shape."""
         output = self.forward_head(self.forward_features(images, mix_box))
         if self.config.dense and mix_box is not None:
             output = RefinerOutput(output.logits, swap_tokens(output.token_logits, mix_box))  # (B, K), (B, N-1, K)
@@ -273,9 +273,10 @@ def swap_tokens(tokens, box):
     """MixToken: swap the tokens inside box with the reversed batch's, (B, N-1, C). Source: arXiv:2104.10858."""
     side = round(tokens.shape[1] ** 0.5)
     row0, col0, row1, col1 = box
-    grid = tokens.unflatten(1, (side, side)).clone()  # (B, side, side, C)
-    grid[:, row0:row1, col0:col1] = grid[:, row0:row1, col0:col1].flip(0)
-    return grid.flatten(1, 2)  # (B, N-1, C)
+    index = torch.arange(side, device=tokens.device)
+    rows, cols = (index >= row0) & (index < row1), (index >= col0) & (index < col1)  # (side,)
+    inside = (rows[:, None] & cols).flatten()[:, None]  # (N-1, 1); a mask, so that one compiled graph takes any box
+    return torch.where(inside, tokens.flip(0), tokens)  # (B, N-1, C)
 
 
 def refiner_vit_ti(**overrides) -> RefinerViT:

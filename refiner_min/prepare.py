@@ -3,7 +3,8 @@
     shrink --size 224 SRC DST    the tree SRC again as DST, every picture in it smaller, as a JPEG
     val DIR --list FILE          ImageNet's flat DIR/val/*.JPEG sorted into DIR/val/CLASS/, by any of its lists
 
-Both check everything before they change anything, write nothing over, and go on where a killed run ended.
+Neither writes over a file, and both go on where a killed run ended. val checks all of its list before it moves a
+picture; shrink stops at a picture that cannot be read. One shrink at a time for a DST.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
-from refiner_min import UserError, data, hardware, replacing, run_command, some
+from refiner_min import UserError, data, hardware, replacing, run_command, some, write_json
 from refiner_min.pictures import SKIP_HINT, read_picture
 from refiner_min.splits import ignore_signals
 
@@ -45,8 +46,7 @@ def open_target(target: Path, facts: dict, folders: set[str]):
         differing = [f"{key} {there.get(key)}, not {value}" for key, value in facts.items() if there.get(key) != value]
         if differing:
             raise UserError(f"{target} was made with {', '.join(differing)}: name another folder")
-        with replacing(target / FACTS) as file:
-            file.write(f"{json.dumps(facts, indent=1)}\n".encode())
+        write_json(target / FACTS, facts)
         for folder in folders:
             (target / folder).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, AttributeError) as error:
@@ -55,7 +55,7 @@ def open_target(target: Path, facts: dict, folders: set[str]):
 
 def smaller(picture: Image.Image, size: int, keep_shape: bool) -> Image.Image:
     """The centre square with size pixels a side; with keep_shape all of it, its shorter side that long. Never enlarged.
-    Bicubic, antialiased: as evaluation resizes, so a copy looks to a model as its picture does."""
+    Bicubic, antialiased, as evaluation resizes."""
     if not keep_shape:
         picture = functional.center_crop(picture, [min(picture.size)])
     return functional.resize(picture, [min(size, *picture.size)], InterpolationMode.BICUBIC)
@@ -170,7 +170,7 @@ def sort_val(val: Path, listing: Path):
 
 
 def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m refiner_min.prepare", description=__doc__.split("\n\n")[2])
+    parser = argparse.ArgumentParser(prog="python -m refiner_min.prepare", description=__doc__.split(":")[0] + ".")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("shrink", help="a smaller copy of a set: the centre square of each picture")
     command.add_argument("source", metavar="SRC", type=Path, help="a folder, such as one that holds train/ and val/")

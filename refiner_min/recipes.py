@@ -10,6 +10,7 @@ import torch
 
 from refiner_min import UserError, hardware, model
 
+VERSION = 2  # of what recipes mean: a run that was begun with another is not gone on with
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 
 
@@ -38,7 +39,8 @@ class Recipe:
     warmup_epochs: float = option(1.0, "epochs of linear warm-up; not given, fewer in a shorter run", 0)
     cooldown_epochs: int = option(0, "last epochs, at min-lr; not given, fewer in a shorter run", 0)
     weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only", 0)
-    ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated; 0 for none", 0, 1)
+    ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated, 0 for none; not given, "
+                        "the preset's for the same number of pictures", 0, 1)
     smoothing: float = option(0.1, "label smoothing", 0, 1)
     dense_weight: float = option(0.0, "weight of the patch tokens' loss, 0.5 with --relabel; 0: no token head", 0)
     token_labels: bool = option(True, "the patch tokens learn from token labels where there are any; with "
@@ -47,14 +49,17 @@ class Recipe:
     mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two", 0)
     cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0)
     crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's", 0.001, 1)
-    crop_max: float = option(1.0, "largest; above 1 zooms out (decoded sets)", 0.001)
+    crop_max: float = option(1.0, "largest; above 1 zooms out (sets in memory)", 0.001)
     flip: float = option(0.5, "probability of a mirrored picture", 0, 1)
-    turn: float = option(0.0, "degrees to either side (decoded sets)", 0, 180)
-    colour: float = option(0.0, "strength of brightness, contrast and saturation changes (decoded sets)", 0, 1)
-    randaugment: int = option(0, "magnitude of RandAugment, 0 for none (streamed sets)", 0, 30)
+    turn: float = option(0.0, "degrees to either side (sets in memory)", 0, 180)
+    colour: float = option(0.0, "strength of brightness, contrast and saturation changes", 0, 1)
+    randaugment: float = option(0.0, "mean magnitude of RandAugment out of 10, 0 for none (streamed sets)", 0, 10)
     erasing: float = option(0.0, "probability of random erasing", 0, 1)
-    eval_crop: float = option(1.0, "share of the shorter side that evaluation looks at", 0.01, 1)
-    seed: int = option(0, "of the weights, the order and the augmentation", 0)
+    eval_crop: float = option(1.0, "share of the shorter side that evaluation looks at; above 1 between black borders",
+                              0.01, 2)
+    clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0)
+    sync_bn: bool = option(False, "BatchNorm counts over all processes together; not as published")
+    seed: int = option(0, "of the weights, the order and the augmentation", 0, 2**32 - 1)
     amp: str = option("auto", "number format of the matrix products; auto: bf16 where the hardware has it",
                       choices=("auto", "bf16", "fp16", "off"))
 
@@ -71,6 +76,9 @@ class Recipe:
         if self.warmup_epochs + self.cooldown_epochs > self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs:g} and --cooldown-epochs {self.cooldown_epochs} must "
                             f"fit into --epochs {self.epochs}")
+
+
+OF_MODEL = {item.name for item in fields(model.RefinerConfig)} & {item.name for item in fields(Recipe)}
 
 
 @dataclass(frozen=True)
@@ -151,13 +159,10 @@ class PhotosOnCPU(Recipe):
 class ImageNet(Recipe):
     """torchrun --nproc-per-node 8 -m refiner_min.train --subset imagenet --data DIR
 
-    The published recipe without token labels (scripts/refiner_s.yaml): S at 224 px. With them (refiner_s_relabel.yaml,
-    published accuracy 83.6 %): --relabel DIR --mix-token --drop-path 0.2. Neither was run by us. M and L: --model m
-    --drop-path 0.2, with token labels 0.25. The learning rate 5e-4 is taken for a batch of 256 (8 x 32): our reading,
-    since the number of GPUs is not published, and it is scaled with the batch.
-    Different from the published code: the schedule moves every step instead of every epoch, RandAugment's magnitude
-    does not vary, the warm-up starts a step above 0 instead of at 1e-6, and the cosine regulariser, whose similarity
-    runs over heads by mistake, is left out.
+    The published recipe (scripts/refiner_s.yaml, and with --relabel refiner_s_relabel.yaml, accuracy 83.6 %): S at
+    224 px; M and L: --model m, --model l. What their files set differently is in PUBLISHED. None was run by us. The
+    learning rate 5e-4 is taken for a batch of 256 (8 x 32): our reading, since the number of GPUs is not published, and
+    it is scaled with the batch. Where we differ: DIFFERENCES.md.
     On a CPU it is the same recipe: it would take months.
     """
 
@@ -174,7 +179,7 @@ class ImageNet(Recipe):
     mixup: float = 0.8
     cutmix: float = 1.0
     crop_min: float = 0.08
-    randaugment: int = 9
+    randaugment: float = 9.0
     erasing: float = 0.25
     eval_crop: float = 0.9
 
@@ -189,15 +194,70 @@ PRESETS = {  # subset: preset on a GPU, preset on a CPU
 }
 
 
-def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bool = False) -> Recipe:
-    """The subset's preset with the flags that were given; relabelled: with --relabel."""
+PUBLISHED = {  # model: drop path without and with token labels (scripts/*.yaml), evaluation's crop (default_cfgs)
+    "s": (0.1, 0.2, 0.9),
+    "m": (0.2, 0.25, 1.0),
+    "l": (0.2, 0.25, 1.13),
+}
+FINETUNING = dict(  # token labeling's for 384 px (its README) and its EMA; how many epochs is not known: 30 is ours
+    batch_size=512, lr=5e-6, min_lr=5e-6, weight_decay=1e-8, drop_path=0.1, ema=0.99992, epochs=30, warmup_epochs=0.0,
+    cooldown_epochs=0)
+
+
+def published_settings(subset: str, size: str, relabelled: bool) -> dict:
+    """What the published files of a model set differently from the preset, by the names of a Recipe's fields."""
+    if subset != "imagenet" or size not in PUBLISHED:
+        return {}
+    *drop_paths, crop = PUBLISHED[size]
+    return {"drop_path": drop_paths[relabelled], "mix_token": relabelled, "eval_crop": crop}
+
+
+def published_name(config: model.RefinerConfig) -> str | None:
+    """The one of MODELS that has this width, depth and number of heads."""
+    for name, build in MODELS.items():
+        with torch.device("meta"):
+            known = build().config
+        if (known.dim, known.depth, known.heads) == (config.dim, config.depth, config.heads):
+            return name
+    return None
+
+
+def published_crop(config: model.RefinerConfig) -> float:
+    """The share of the shorter side at which a published model is evaluated; 1 for others."""
+    return PUBLISHED.get(published_name(config), (1.0,))[-1]
+
+
+def published_recipe(subset: str, device: torch.device, config: model.RefinerConfig, given: dict) -> Recipe:
+    """The recipe that evaluates published weights as they were. UserError: they are of none of MODELS."""
+    name = published_name(config)
+    if name is None:
+        raise UserError(f"published weights of dim {config.dim}, depth {config.depth} and {config.heads} heads are of "
+                        f"none of the models {', '.join(MODELS)}")
+    shape = {name: value for name, value in asdict(config).items() if name in OF_MODEL}
+    return choose_recipe(subset, device, {"model": name, "eval_crop": published_crop(config)} | shape | given)
+
+
+def finetuning_settings(subset: str, preset: Recipe) -> dict:
+    """What --finetune sets: on ImageNet token labeling's; elsewhere half the rate for a quarter of the epochs, ours."""
+    if subset == "imagenet":
+        return FINETUNING
+    return dict(lr=preset.lr / 2, epochs=math.ceil(preset.epochs / 4), warmup_epochs=min(preset.warmup_epochs, 1.0),
+                cooldown_epochs=0)
+
+
+def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bool = False,
+                  finetune: bool = False) -> Recipe:
+    """The subset's preset with the flags that were given; relabelled: with --relabel; finetune: with --finetune.
+    UserError: a value that is out of its range."""
     preset = PRESETS[subset][device.type == "cpu"]()
+    preset = replace(preset, **published_settings(subset, given.get("model", preset.model), relabelled))
+    if finetune:
+        preset = replace(preset, **finetuning_settings(subset, preset))
     if given.get("linear"):
         given = {"share": False} | given
     recipe = replace(preset, **given)
-    shorter = min(recipe.epochs / preset.epochs, 1)
-    derived = {"lr": preset.lr * recipe.batch_size / preset.batch_size,
-               "warmup_epochs": preset.warmup_epochs * shorter,
+    shorter, larger = min(recipe.epochs / preset.epochs, 1), recipe.batch_size / preset.batch_size
+    derived = {"lr": preset.lr * larger, "ema": preset.ema**larger, "warmup_epochs": preset.warmup_epochs * shorter,
                "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware.hardware_amp(device),
                "dense_weight": 0.5 if relabelled else preset.dense_weight}
     recipe = replace(recipe, **{name: value for name, value in derived.items() if given.get(name, "auto") == "auto"})
@@ -206,9 +266,9 @@ def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bo
 
 
 def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool | None = None) -> model.RefinerViT:
-    """The model of the recipe, untrained; dense: with a token head, by default where the recipe teaches it."""
-    of_model = {item.name for item in fields(model.RefinerConfig)}
-    chosen = {name: value for name, value in asdict(recipe).items() if name in of_model}
+    """The model of the recipe, untrained; dense: with a token head, by default where the recipe teaches it. UserError:
+    no such model can be."""
+    chosen = {name: value for name, value in asdict(recipe).items() if name in OF_MODEL}
     torch.manual_seed(recipe.seed)
     try:
         return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
@@ -217,16 +277,22 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
         raise UserError(str(error)) from None
 
 
+WARMUP_LR = 1e-6  # where the warm-up begins, as published
+
+
 def schedule(recipe: Recipe, steps_per_epoch: int):
-    """The learning rate as a share of the peak, by step: linear warm-up, cosine to min_lr, cool-down at it."""
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    end = (recipe.epochs - recipe.cooldown_epochs) * steps_per_epoch
-    floor = min(recipe.min_lr / recipe.lr, 1)
+    """The learning rate as a share of the peak, by step: linear warm-up; cosine from the first epoch to min_lr, out of
+    which the warm-up is cut; cool-down at min_lr. At an epoch's first step the published rate, which stays for the
+    epoch; ours moves every step. Source: published (timm's CosineLRScheduler)."""
+    end = recipe.epochs - recipe.cooldown_epochs
+    first, floor = min(WARMUP_LR / recipe.lr, 1), min(recipe.min_lr / recipe.lr, 1)
 
     def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min((step - warmup) / max(end - warmup, 1), 1)
-        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+        epoch = step / steps_per_epoch
+        if epoch < recipe.warmup_epochs:
+            return first + (1 - first) * epoch / recipe.warmup_epochs
+        if epoch >= end:
+            return floor
+        return floor + (1 - floor) * (1 + math.cos(math.pi * epoch / end)) / 2
 
     return share

@@ -1,9 +1,8 @@
 """What a run leaves for people in its folder: config.json, metrics.csv and curves.png; and its table on the screen.
 
-What it leaves to go on from is engine.Run.state, written by checkpoint. It imports distributed and hardware.
+What it leaves to go on from is engine.Run.state, written by checkpoint. It imports distributed, hardware and plots.
 """
 
-import json
 import platform
 import shlex
 import statistics
@@ -31,7 +30,8 @@ def command_line(arguments: list[str]) -> str:
 
 
 def write_history(out: Path, history: list[dict], title: str):
-    """metrics.csv and curves.png, anew from the history, so that they never disagree with the checkpoint."""
+    """metrics.csv and curves.png, anew from the history, so that they never disagree with the checkpoint. UserError:
+    they cannot be written."""
     from refiner_min import plots  # here, so that what draws nothing does without matplotlib
 
     lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
@@ -40,18 +40,14 @@ def write_history(out: Path, history: list[dict], title: str):
     plots.save_figure(plots.training_curves(history, title), out / "curves.png")
 
 
-def write_config(out: Path, record: dict):
-    with replacing(out / "config.json") as file:
-        file.write(f"{json.dumps(record, indent=1)}\n".encode())
-
-
-def facts(origin: dict, parameters: int, device: torch.device, arguments: list[str]) -> dict:
-    """What config.json says from the start: enough to run it again and to compare it."""
+def facts(run, arguments: list[str]) -> dict:
+    """What config.json says of an engine.Run from the start: enough to run it again and to compare it."""
     return {
         "command": command_line(arguments),
-        **origin,
-        "parameters": parameters,
-        "hardware": hardware.describe(device),
+        **run.origin(),
+        "parameters": run.parameters,
+        "hardware": hardware.describe(run.device),
+        "settings": run.settings,
         "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
                      "python": platform.python_version()},
         "commit": package_commit(),

@@ -46,12 +46,16 @@ def pool_label_map(topk_logits, topk_ids, boxes, num_classes: int, size: int):
 # Mixing pictures and labels: a picture's partner is that of the reversed batch
 
 
+def box_around(grid: int, lam: float, row: int, col: int) -> tuple[int, int, int, int]:
+    """CutMix's box on a grid: its side sqrt(1 - lam) of the grid's, floored to an even number, around (row, col),
+    clipped at the border. Returns (row0, col0, row1, col1), half open. Source: published; arXiv:1905.04899."""
+    half = int(grid * (1 - lam) ** 0.5) // 2
+    return max(row - half, 0), max(col - half, 0), min(row + half, grid), min(col + half, grid)
+
+
 def mix_token_box(grid: int, lam: float, generator: torch.Generator | None = None) -> tuple[int, int, int, int]:
-    """CutMix's box on a grid: its side sqrt(1 - lam) of the grid's, its centre uniform, clipped at the border.
-    Returns (row0, col0, row1, col1), half open. Source: arXiv:1905.04899; on tokens: arXiv:2104.10858."""
-    side = round(grid * (1 - lam) ** 0.5)
-    row, col = (torch.randint(grid, (2,), generator=generator) - side // 2).tolist()
-    return max(row, 0), max(col, 0), min(row + side, grid), min(col + side, grid)
+    """box_around a place that is uniform on the grid. On tokens: arXiv:2104.10858."""
+    return box_around(grid, lam, *torch.randint(grid, (2,), generator=generator).tolist())
 
 
 def box_share(box: tuple[int, int, int, int], grid: int) -> float:

@@ -3,11 +3,14 @@
     split.to(device), len(split), split.cropped (its pictures are as large as the images), split.note
     split.epoch(indices, batch_size, epoch) -> Batches of the pictures with these indices
 
-scenes.SceneSplit is a third one. It imports pictures, label_store (the maps that go with pictures) and augment's Batch.
+scenes.SceneSplit is a third one. It imports pictures, label_store (the maps that go with pictures), augment's Batch and
+hardware.
 """
 
+import atexit
 import hashlib
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -19,12 +22,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from refiner_min import UserError, replacing, seed_for, some
+from refiner_min import UserError, hardware, replacing, seed_for, some
 from refiner_min.augment import Batch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
-from refiner_min.pictures import SKIP_HINT, read_picture, squash
+from refiner_min.pictures import SKIP_HINT, read_picture
 
 CACHE_FORMAT = 3
+_LOADERS = weakref.WeakSet()  # of all streams
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,15 @@ class PictureMaps:
 
 @dataclass
 class MemorySplit:
-    """A decoded split: every picture squashed to a square, so that a crop is a box of fractions of its sides."""
+    """A decoded split: to train on, every picture squashed to a square, so that a crop is a box of fractions of its
+    sides; to evaluate, every picture as evaluation sees it (cropped)."""
 
     pictures: torch.Tensor  # (n, channels, S, S) uint8
     aspects: torch.Tensor  # (n,) float32
     labels: torch.Tensor  # (n,) int64
     names: list[str] = field(default_factory=list)  # CLASS/STEM of each; a built-in set has none
     maps: PictureMaps | None = None
-    cropped = False  # the pictures of a batch are whole
+    cropped: bool = False  # the pictures of a batch are as large as the images
     note = ""  # what a run says of such a set
 
     def __len__(self):
@@ -77,20 +82,21 @@ def picture_names(folder: ImageFolder) -> list[str]:
     return [Path(path).relative_to(folder.root).with_suffix("").as_posix() for path, _ in folder.samples]
 
 
-def decode(folder: ImageFolder, size: int, skip_bad: bool) -> MemorySplit:
-    """A folder's pictures as squares of size pixels, from the cache beside it if that still fits them.
+def decode(folder: ImageFolder, transform, size: int, name: str, skip_bad: bool) -> MemorySplit:
+    """A folder's pictures as transform makes them, PIL picture -> (3, size, size) uint8, from the cache beside it if
+    that still fits them. name: says what transform does, in the name of the cache.
     UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
     root, samples = Path(folder.root), [(Path(path), label) for path, label in folder.samples]
     listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in samples)
-    key = hashlib.sha256(f"{CACHE_FORMAT} {size} {skip_bad}\n{listing}".encode()).hexdigest()
-    cache = root.with_name(f"refiner_min-{root.name}-{size}px.pt")
+    key = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}\n{listing}".encode()).hexdigest()
+    cache = root.with_name(f"refiner_min-{root.name}-{name}.pt")
     try:
         stored = torch.load(cache, weights_only=True)
         if stored["key"] == key:
             return MemorySplit(*stored["split"])
     except Exception:  # no cache, or a damaged one: it is made again
         pass
-    split = _decode(folder, root.name, size, skip_bad)
+    split = _decode(folder, transform, size, skip_bad)
     try:
         with replacing(cache) as file:
             torch.save({"key": key, "split": (split.pictures, split.aspects, split.labels, split.names)}, file)
@@ -99,19 +105,19 @@ def decode(folder: ImageFolder, size: int, skip_bad: bool) -> MemorySplit:
     return split
 
 
-def _decode(folder: ImageFolder, split: str, size: int, skip_bad: bool) -> MemorySplit:
-    def square(path):
+def _decode(folder: ImageFolder, transform, size: int, skip_bad: bool) -> MemorySplit:
+    def read(path):
         try:
             picture = read_picture(path)
         except UserError as error:
             return str(error)
-        return squash(picture, size), picture.width / picture.height
+        return transform(picture), picture.width / picture.height
 
-    paths = [path for path, _ in folder.samples]
+    split, paths = Path(folder.root).name, [path for path, _ in folder.samples]
     pictures = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     aspects, bad = torch.empty(len(paths)), {}
-    with ThreadPoolExecutor() as pool:
-        results = tqdm(pool.map(square, paths), f"decoding {split}", len(paths), unit=" pictures", disable=None)
+    with ThreadPoolExecutor(hardware.available_cores()) as pool:
+        results = tqdm(pool.map(read, paths), f"decoding {split}", len(paths), unit=" pictures", disable=None)
         for index, result in enumerate(results):
             if not isinstance(result, str):
                 pictures[index], aspects[index] = result
@@ -141,22 +147,23 @@ class StreamSplit:
 
     transform: PIL picture -> (3, size, size) uint8; with maps, picture and its LabelMap -> those two and the crop's
     box. What is random in it depends on seed, epoch and picture only, never on the workers. keep_workers: they live as
-    long as the split does, not for an epoch only.
+    long as the split does, not for an epoch only. pin_memory: the batches are on their way to a GPU.
     A picture that cannot be read is a UserError naming it, or with skip_bad left out and counted.
     """
 
     cropped = True  # by the transform: the pictures of a batch are as large as the images
-    note = ", streamed (--turn and --colour are for decoded sets)"
+    note = ", streamed"
 
     def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
-                 maps: PictureMaps | None = None, keep_workers: bool = True):
+                 maps: PictureMaps | None = None, keep_workers: bool = True, pin_memory: bool = False):
         self.samples, self.skip_bad, self.bad = folder.samples, skip_bad, set()
         self.device = torch.device("cpu")
         self.batches = []  # of (index, epoch), filled anew for every epoch
         self.loader = DataLoader(
             _Samples(folder.samples, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
-            collate_fn=_collate, pin_memory=torch.cuda.is_available(), persistent_workers=keep_workers and workers > 0,
+            collate_fn=_collate, pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0,
             worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: training's is not drawn from
+        _LOADERS.add(self.loader)
 
     def __len__(self):
         return len(self.samples)
@@ -221,6 +228,15 @@ def _collate(samples) -> tuple[Batch | None, list[str]]:
     good = [sample for sample in samples if not isinstance(sample, str)]
     batch = Batch(*default_collate(good)) if good else None
     return batch, [sample for sample in samples if isinstance(sample, str)]
+
+
+@atexit.register
+def stop_workers():
+    """Those of streams that are still held when Python exits: it would end them by SIGTERM, which they ignore, and
+    wait."""
+    for loader in _LOADERS:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
 
 
 def ignore_signals(worker: int):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from refiner_min import UserError, checkpoint, data, distributed, hardware, records, run_command
-from refiner_min.augment import StreamAugmentation
-from refiner_min.engine import Run, evaluate, fit
+from refiner_min import UserError, checkpoint, data, distributed, hardware, records, run_command, some, write_json
+from refiner_min.engine import Run, fit, make_stream_augmentation
+from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import Recipe, build_model, choose_recipe
+from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe
 
 
 def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
@@ -28,17 +28,25 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--data", metavar="DIR", help="folder with train/ and val/ (default: below data/, downloaded)")
     parser.add_argument("--relabel", metavar="DIR", help="learn from the label maps in this folder, not from the set's "
                         "labels; refiner_min.annotate makes them")
+    parser.add_argument("--storage", choices=("memory", "stream"), help="decode the pictures once and keep them, or "
+                        "read them as they are needed (default: by the size of the set)")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/SUBSET)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one; mps is untested)")
-    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores, at most "
-                        "16, over the processes on this machine)")
+    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores over the "
+                        "processes on this machine, at most 16)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="",
                         help="go on with the run in this folder (default: that of --out)")
     parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
+    parser.add_argument("--finetune", action="store_true", help="train --weights on with a small learning rate, at a "
+                        "larger --img-size for instance: on ImageNet with token labeling's settings")
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop; "
                         "of --data, val/ is enough")
+    parser.add_argument("--eval-batch-size", type=int, metavar="N", help="pictures a step of evaluation, over all "
+                        "processes together (default: --batch-size); L at 448 px takes about 1 GB a picture")
+    parser.add_argument("--eval-weights", choices=("ema", "raw"), help="which of a file's weights --eval and --weights "
+                        "take (default: of ours the moving average, of published ones the raw)")
     group = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
     for item in fields(Recipe):
         how = {"action": argparse.BooleanOptionalAction} if item.type is bool else {
@@ -46,44 +54,67 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    if (known["workers"] or 0) < 0:
-        raise UserError(f"--workers {known['workers']} must be at least 0")
+    for name, low in (("workers", 0), ("eval_batch_size", 1)):
+        if known[name] is not None and known[name] < low:
+            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
+    if known["finetune"] and not known["weights"] and known["resume"] is None:
+        raise UserError("--finetune needs --weights PATH, the weights to begin with")
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
     return argparse.Namespace(**known), given
 
 
 def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of the run that is meant."""
     return Path(args.out or f"runs/{args.subset or 'digits'}")
 
 
 def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> data.Subset:
     """Say what was chosen, then open the data; of several processes on a machine, the first one alone downloads and
-    decodes."""
+    decodes. UserError: as data.load_subset's."""
     main = distributed.is_main()
     if main:
         processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
         print(f"{args.subset}: on {hardware.describe(device)}{processes}")
         print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
     workers = args.workers if args.workers is not None else hardware.default_workers()
-    transform = StreamAugmentation(recipe.img_size, (recipe.crop_min, min(recipe.crop_max, 1)), recipe.flip,
-                                   recipe.randaugment)
     with distributed.first_alone():
         subset = data.load_subset(
-            args.subset, args.data, recipe.img_size, only_val=args.eval, grid=recipe.img_size // recipe.patch_size,
-            eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers, skip_bad=args.skip_bad, transform=transform,
-            labels=args.relabel)
+            args.subset, args.data, recipe.img_size, only_val=args.eval, storage=args.storage,
+            grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers,
+            skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
+            transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
     if main:
-        training = f"{len(subset.train):,} pictures to train on, " if subset.train is not None else ""
-        print(f"{training}{len(subset.val):,} to validate, {len(subset.classes)} classes{subset.val.note}")
+        training = f"{len(subset.train):,} pictures to train on{subset.train.note}; " if not args.eval else ""
+        print(f"{training}{len(subset.val):,} to validate, {len(subset.classes)} classes")
         if subset.annotator:
             print(f"labels of the training pictures and their patches: {subset.annotator}")
     return subset
 
 
+def check_fits(recipe: Recipe, subset: data.Subset):
+    """UserError: the recipe asks for what this set, as it is stored, cannot do."""
+    if recipe.batch_size > len(subset.train):
+        raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
+    if recipe.batch_size % distributed.world():
+        raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {distributed.world()} processes")
+    if subset.storage == "stream":
+        for flag, value, none in (("turn", recipe.turn, 0), ("crop-max", recipe.crop_max, 1)):
+            if value > none:
+                raise UserError(f"--{flag} {value:g} is for sets in memory: --storage memory, or --{flag} {none}")
+    elif recipe.randaugment:
+        raise UserError(f"--randaugment {recipe.randaugment:g} is for streamed sets: --storage stream, or "
+                        f"--randaugment 0")
+
+
 def check_saved(saved: dict, asked: dict, path):
     """UserError naming the fields in which what was asked for differs from what the file at path was made with."""
-    differing = [f"{name} ({saved.get(name)} there, {value} here)" for name, value in asked.items()
-                 if saved.get(name) != value]
+    differing = []
+    for name, here in asked.items():
+        there = saved.get(name)
+        if there != here:
+            if isinstance(here, list) and isinstance(there, list):  # of classes: the first that differs
+                there, here = next((pair for pair in zip(there, here) if pair[0] != pair[1]), (len(there), len(here)))
+            differing.append(f"{name} ({there} there, {here} here)")
     if differing:
         raise UserError(f"{path} was made with another configuration: {', '.join(differing)}")
 
@@ -96,20 +127,33 @@ def saved_recipe(state: dict, path) -> Recipe:
         raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
 
 
-def load_start(net: RefinerViT, state: dict, path, same_classes: bool):
-    """Put the weights of state, ours or published, into net; without the same classes its heads stay new."""
-    if "config" not in state:
-        return checkpoint.load_released(net, state, classifier=same_classes)
-    free = ("img_size", "num_classes", "drop_path", "dense")
-    asked = {name: value for name, value in asdict(net.config).items() if name not in free}
-    check_saved(state["config"], asked, path)
-    return checkpoint.load_weights(net, state.get("ema") or state["model"], classifier=same_classes)
+def load_start(net: RefinerViT, state: dict, path, same_classes: bool, wanted: str | None = None):
+    """Put the weights of state, ours or published, into net; without the same classes its heads stay new. A token head
+    that only one of the two has is left out, or stays new. UserError: what does not fit."""
+    weights, which = checkpoint.weights_of(state, wanted, path)
+    if "config" in state:
+        free = ("img_size", "num_classes", "drop_path", "dense")
+        asked = {name: value for name, value in asdict(net.config).items() if name not in free}
+        check_saved(state["config"], asked, path)
+    notes = ["their moving average" if which == "ema" else "raw"]
+    own = {name: value for name, value in net.state_dict().items() if name.startswith("token_head.")}
+    if own and "token_head.weight" not in weights:
+        notes.append("the token head is new: it has none")
+        weights = weights | own
+    elif "token_head.weight" in weights and not own:
+        notes.append("its token head is left out")
+        weights = {name: value for name, value in weights.items() if not name.startswith("token_head.")}
+    checkpoint.load_weights(net, weights, classifier=same_classes)
+    if not same_classes:
+        notes.append("for other classes, so the heads are new")
+    if distributed.is_main():
+        print(f"weights of {path}: {'; '.join(notes)}")
 
 
 def new_run(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> Run:
     """A run from the preset and the flags, its folder made. UserError: the folder holds a run; nothing is written."""
     args.subset, out = args.subset or "digits", folder_of(args)
-    recipe = choose_recipe(args.subset, device, given, relabelled=args.relabel is not None)
+    recipe = choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune)
     try:
         held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
     except OSError as error:
@@ -118,26 +162,24 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device, argumen
         raise UserError(f"{out} holds a run already ({held[0]}): --resume {out} goes on with it, --out DIR keeps both")
     state = checkpoint.load(args.weights) if args.weights else None
     subset = open_subset(args, recipe, device)
-    check_batch(recipe, subset)
+    check_fits(recipe, subset)
     net = build_model(recipe, len(subset.classes), subset.channels)
     if state is not None:
         same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000
-        load_start(net, state, args.weights, same)
-    run = Run(recipe, subset, net, device, out, args.compile)
+        load_start(net, state, args.weights, same, args.eval_weights)
+    run = Run(recipe, subset, net, device, out, args.compile, local_batch(args.eval_batch_size))
     if run.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error})") from None
-        records.write_config(out, records.facts(run.origin(), run.parameters, device, arguments))
+        write_json(out / "config.json", records.facts(run, arguments))
     return run
 
 
-def check_batch(recipe: Recipe, subset: data.Subset):
-    if recipe.batch_size > len(subset.train):
-        raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
-    if recipe.batch_size % distributed.world():
-        raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {distributed.world()} processes")
+def local_batch(batch_size: int | None) -> int | None:
+    """What one process takes of a batch; None stays None."""
+    return batch_size and max(batch_size // distributed.world(), 1)
 
 
 def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
@@ -149,14 +191,19 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     state = checkpoint.load(path)
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
-    args.subset, args.data = args.subset or state["subset"], args.data or state["data"]
-    args.relabel = args.relabel or state["relabel"]
+    if state.get("recipe_version") != VERSION:
+        raise UserError(f"{path} was written by another version of refiner_min, whose recipes mean something else: "
+                        f"begin the run again")
+    for name in ("subset", "data", "relabel", "storage"):
+        setattr(args, name, getattr(args, name) or state[name])
+    args.storage = None if args.subset in data.BUILT_IN else args.storage
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
-    run = Run(recipe, subset, build_model(recipe, len(subset.classes), subset.channels), device, path.parent,
-              args.compile)
-    check_saved(state, {name: run.origin()[name] for name in ("classes", "pictures", "processes", "annotator")}, path)
+    net = build_model(recipe, len(subset.classes), subset.channels)
+    run = Run(recipe, subset, net, device, path.parent, args.compile, local_batch(args.eval_batch_size))
+    own = ("classes", "pictures", "processes", "annotator", "storage")
+    check_saved(state, {name: run.origin()[name] for name in own}, path)
     run.restore(state)
     return run
 
@@ -166,9 +213,8 @@ def finish(run: Run, arguments: list[str]):
     records.write_history(run.out, run.history, run.title)
     result = records.results(run.history, averaged=run.ema is not None)
     path = run.out / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else records.facts(run.origin(), run.parameters, run.device,
-                                                                              arguments)
-    records.write_config(run.out, record | {"result": result})
+    record = json.loads(path.read_text()) if path.exists() else records.facts(run, arguments)
+    write_json(path, record | {"result": result})
     weights = "the weights' moving average" if run.ema is not None else "the weights"
     print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
           f"{result['best_epoch']}), {result['training_minutes']:.1f} minutes of training: {run.out}/best.pt, "
@@ -176,30 +222,33 @@ def finish(run: Run, arguments: list[str]):
 
 
 def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device):
-    """Print the accuracy of saved weights, ours or published. Writes nothing but the cache of a decoded set."""
+    """Print the accuracy of saved weights, ours or published. Writes nothing but the cache of a set in memory.
+    UserError: no such weights, or of other classes than the set's."""
     if args.relabel:
         raise UserError("--relabel does not go with --eval: validation pictures have no label maps")
     path = Path(args.weights or folder_of(args) / "best.pt")
     state = checkpoint.load(path)
-    ours = "config" in state
-    args.subset = args.subset or (state["subset"] if ours else "digits")
-    if ours:
+    weights, _ = checkpoint.weights_of(state, args.eval_weights, path)
+    dense = "token_head.weight" in weights
+    if "config" in state:
+        args.subset = args.subset or state["subset"]
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
         recipe = replace(saved_recipe(state, path), **given)
         recipe.check()
     else:
-        recipe = choose_recipe(args.subset, device, given)
+        args.subset = args.subset or "imagenet"
+        recipe = published_recipe(args.subset, device, checkpoint.released_config(weights, path), given)
     subset = open_subset(args, recipe, device)
-    if ours and state["classes"] != subset.class_names:
-        raise UserError(f"{path} knows {', '.join(state['classes'][:3])}, ..., not the classes of {args.subset}")
-    dense = None if ours else True  # the published models evaluate with both heads
+    if "config" in state and state["classes"] != subset.class_names:
+        raise UserError(f"{path} knows {some(state['classes'])}, not the classes of {args.subset}")
+    if len(weights["head.bias"]) != len(subset.classes):
+        raise UserError(f"{path} knows {len(weights['head.bias'])} classes, not the {len(subset.classes)} of "
+                        f"{args.subset}")
     net = build_model(recipe, len(subset.classes), subset.channels, dense)
-    load_start(net, state, path, same_classes=True)
-    batch_size = max(recipe.batch_size // distributed.world(), 1)
-    score = evaluate(net.to(device), subset.val, device, batch_size, recipe.eval_crop)
+    load_start(net, state, path, same_classes=True, wanted=args.eval_weights)
+    score = evaluate(net.to(device), subset.val, device, local_batch(args.eval_batch_size or recipe.batch_size))
     if distributed.is_main():
-        tokens = f", of tokens {score.token_accuracy:.4%}" if score.token_accuracy is not None else ""
-        print(f"accuracy {score.accuracy:.4%} ({score.right} of {score.count}){tokens}, loss {score.loss:.4f}")
+        print(score)
 
 
 def train(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> int:
@@ -211,10 +260,19 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
         kind = "linear refinement" if config.linear else "refined" if config.refine else "plain ViT"
         print(f"model {run.recipe.model}: {kind}, {run.parameters:,} parameters, {config.img_size} px in "
               f"{config.grid**2} patches", flush=True)
-    status = fit(run, go_on=records.command_line(arguments if resumes else [*arguments, "--resume"]))
+    status = fit(run, go_on=records.command_line(resuming(args, run.out)))
     if status == 0 and run.rank == 0:
         finish(run, arguments)
     return status
+
+
+def resuming(args: argparse.Namespace, out: Path) -> list[str]:
+    """The arguments that go on with the run: what the checkpoint does not hold, as it was given."""
+    words = ["--resume", str(out)]
+    for name in ("device", "workers", "compile", "skip_bad", "eval_batch_size"):
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []
+    return words
 
 
 def main(arguments=None) -> int:

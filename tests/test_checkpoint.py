@@ -6,7 +6,9 @@ import resource
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,8 +125,42 @@ def test_load_model(tmp_path):
     with pytest.raises(UserError, match="last.pt was written by another version of refiner_min .*later"):
         checkpoint.load_model(path)
     checkpoint.save({"weights": 1}, path)
-    with pytest.raises(UserError, match="not written by refiner_min.train"):
+    with pytest.raises(UserError, match="not written by refiner_min.train, and is no published"):
         checkpoint.load_model(path)
+
+
+def test_which_weights_of_a_file():
+    """Of ours the average where there is one; of a published file the raw ones, as the published code takes them."""
+    ours = {"config": {}, "model": {"a": 1}, "ema": {"a": 2}}
+    published = {"state_dict": {"module.cls_token": 3}, "state_dict_ema": {"module.cls_token": 4}}
+    assert checkpoint.weights_of(ours) == checkpoint.weights_of(ours, "ema") == ({"a": 2}, "ema")
+    assert checkpoint.weights_of(ours, "raw") == ({"a": 1}, "raw")
+    assert checkpoint.weights_of(ours | {"ema": None}) == ({"a": 1}, "raw")
+    assert checkpoint.weights_of(published) == checkpoint.weights_of(published, "raw") == ({"class_token": 3}, "raw")
+    assert checkpoint.weights_of(published, "ema") == ({"class_token": 4}, "ema")
+    assert checkpoint.weights_of({"cls_token": 5}) == ({"class_token": 5}, "raw")  # a file of weights alone
+    for state, wanted in ((ours | {"ema": None}, "ema"), ({"config": {}, "ema": {}}, "raw"), ({"cls_token": 5}, "ema")):
+        with pytest.raises(UserError, match=f"best.pt holds no {wanted} weights, only"):
+            checkpoint.weights_of(state, wanted, "best.pt")
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(dense=False, depth=2), dict(share=False, expand=2), dict(expand=1),
+                                       dict(kernel_size=5, mlp_ratio=2.0), dict(kernel_size=1, in_channels=1)], ids=str)
+def test_a_published_model_is_known_by_its_shapes(overrides, tmp_path):
+    model = RefinerViT(RefinerConfig(**TINY | overrides)).eval()
+    torch.save({"state_dict": published_state(model)}, tmp_path / "published.pth.tar")
+    found, _ = checkpoint.load_model(tmp_path / "published.pth.tar")
+    assert found.config == model.config
+    images = torch.randn(2, model.config.in_channels, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found(images), model(images))
+
+
+@pytest.mark.parametrize("side", [24, 28])
+def test_positions_are_enlarged_as_published(side):
+    with np.load(Path(__file__).parent / "data" / "recipe.npz") as numbers:
+        position, expected = (torch.from_numpy(numbers[f"position_{name}"]) for name in (14, side))
+    torch.testing.assert_close(checkpoint._resize_position(position, side), expected, atol=1e-6, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,6 +224,14 @@ def test_released_numbers_are_those_of_the_published_code():
     checkpoint.load_released(model, {key.removeprefix("state/"): value for key, value in numbers.items()
                                      if key.startswith("state/")})
     torch.testing.assert_close(model(numbers["input"]), numbers["eval_logits"].float(), atol=1e-5, rtol=0)
+
+
+def test_positions_made_fewer_are_antialiased():
+    position = torch.randn(1, 1 + 8 * 8, 6)
+    found = checkpoint._resize_position(position, 3)
+    patches = position[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(patches, (3, 3), mode="bicubic", antialias=True)
+    torch.testing.assert_close(found[:, 1:].unflatten(1, (3, 3)).permute(0, 3, 1, 2), expected)
 
 
 def test_positions_of_a_linear_ramp_stay_one():

@@ -31,6 +31,9 @@ def test_two_processes(pictures):
     assert right / 12 == float(row["val_accuracy"]) and loss == pytest.approx(float(row["val_loss"]), abs=1e-6)
     assert run.loss.total[1] == 0  # an epoch's sums begin anew
 
+    done = torchrun(*small(pictures), "--eval", "--weights", "two/best.pt", "--batch-size", "12")
+    assert f"({right} of 12)" in done.stdout, done.stderr
+
     done = torchrun(*small(pictures, "--out", "odd", "--batch-size", "11"))
     assert "--batch-size 11 must be a multiple of the 2 processes" in done.stderr and not Path("odd").exists()
     with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):

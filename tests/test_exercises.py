@@ -61,8 +61,8 @@ def spread_out(logits, ids, count):
 
 def schedule(step, warmup, total):
     if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return step / warmup
+    return (1 + math.cos(math.pi * step / total)) / 2
 
 
 RIGHT = {
@@ -125,8 +125,10 @@ WRONG = [
     ("mirror_overlap", lambda box: mirror_overlap(box, union=False), "is no union"),
     ("mixed_label", lambda labels, box, grid: mixed_label(labels, box, grid, 1 - 6 / 16), "own and partner"),
     ("mixed_label", lambda labels, box, grid: labels, "are not mixed"),
-    ("schedule", lambda step, warmup, total: step / warmup if step < warmup else schedule(step, warmup, total),
-     "step 0 does nothing"),
+    ("schedule", lambda step, warmup, total: (step + 1) / (warmup + 1) if step < warmup else schedule(
+        step, warmup, total), "the warm-up begins at 0"),
+    ("schedule", lambda step, warmup, total: step / warmup if step < warmup else (
+        1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2, "not from the end of the warm-up"),
     ("schedule", lambda step, warmup, total: (1 + math.cos(math.pi * step / total)) / 2, "no warm-up"),
     ("average", lambda old, weights, decay: (1 - decay) * old + decay * weights, "changed places"),
     ("average", lambda old, weights, decay: (old + weights) / 2, "a plain mean"),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from refiner_min import UserError, checkpoint, explain
-from refiner_min.augment import center_crop
-from refiner_min.model import RefinerConfig, RefinerViT
-from refiner_min.pictures import read_picture, squash
+from refiner_min import UserError, checkpoint, data, explain
+from refiner_min.augment import evaluation_picture, normalise
+from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_s
+from refiner_min.pictures import read_picture
 from refiner_min.recipes import Recipe
+from tests.test_checkpoint import published_state
 
 SMALL = dict(img_size=32, patch_size=8, dim=24, depth=4, heads=3, num_classes=7, dense=False)
 
@@ -52,9 +53,7 @@ def test_the_classes_are_those_of_the_evaluation():
     path = weights()
     found = explain.explain(photo(), path, "out.png")
     model, _ = checkpoint.load_model(path)
-    picture = read_picture("photo.png")
-    square = squash(picture, 40)[None]
-    image = center_crop(square, torch.tensor([1.5]), 32, 0.9)  # as training evaluates
+    image = normalise(evaluation_picture(read_picture("photo.png"), 32, 0.9))[None]  # as training evaluates
     with torch.no_grad():
         probabilities = model(image).softmax(dim=1)[0]
     assert len(found) == 5 and [value for _, value in found] == sorted((value for _, value in found), reverse=True)
@@ -62,9 +61,24 @@ def test_the_classes_are_those_of_the_evaluation():
         assert value == pytest.approx(probabilities[int(name.split()[1])].item(), abs=1e-6)
 
 
+@pytest.mark.slow
+def test_published_weights_are_explained(capsys):
+    """Size and model are known by the shapes, the picture is taken as that model is evaluated, classes by name."""
+    torch.manual_seed(0)
+    source = refiner_vit_s(img_size=32).eval()
+    torch.save({"state_dict": published_state(source)}, "published.pth.tar")
+    found = explain.explain(photo(), "published.pth.tar", "out.png")
+    image = normalise(evaluation_picture(read_picture("photo.png"), 32, 0.9))[None]
+    with torch.no_grad():
+        best = int(source(image).argmax())
+    assert found[0][0] == data.class_names(data.imagenet_wnids())[best]
+    torch.save({"state_dict": published_state(RefinerViT(RefinerConfig(**SMALL | dict(dense=True))))}, "small.pth.tar")
+    assert explain.explain(photo(), "small.pth.tar", "out.png")[0][0].startswith("class ")
+
+
 def test_the_maps_are_the_class_tokens_row():
     model, _ = checkpoint.load_model(weights())
-    image = explain.prepare(photo(), model.config)
+    image = explain.evaluation_image(photo(), model.config)
     maps = explain.class_token_maps(model, image, 4)
     assert list(maps) == [1, 3]  # the refined blocks
     expected = model.attention_maps(image)[3]

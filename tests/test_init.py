@@ -9,6 +9,8 @@ def test_seeds_are_the_same_on_every_machine_and_differ_by_stream_and_numbers():
     assert seed_for("order", 0, 0) == 10340080715587517918  # this number may never change: runs could not go on
     seeds = {seed_for(stream, seed, epoch) for stream in ("order", "scenes", "step", "picture")
              for seed in range(20) for epoch in range(20)}
+    ends = [seed_for("order", *numbers) for numbers in ((2**32 - 1, 0), (0, 2**32 - 1), (2**32 - 1,) * 2)]
+    assert len({*seeds, *ends}) == 1603
     assert len(seeds) == 1600 and max(seeds) < 2**64 and min(seeds) >= 0
 
 

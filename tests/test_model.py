@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from refiner_min.checkpoint import our_name
 from refiner_min.model import (
@@ -19,6 +20,7 @@ from refiner_min.model import (
     refiner_vit_ti,
     swap_tokens,
 )
+from refiner_min.relabel import mix_token_box
 
 TINY = dict(img_size=32, patch_size=8, dim=24, depth=4, heads=3, num_classes=7)
 
@@ -331,6 +333,31 @@ def test_compiled_model_is_the_eager_one(overrides):
     torch.testing.assert_close(compiled(images).logits, model(images).logits)
     model.eval()
     torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_a_box_may_be_a_tuple_or_a_tensor():
+    tokens = torch.randn(4, 16, 3)
+    for box in ((0, 0, 2, 3), (1, 2, 4, 4), (2, 2, 2, 2)):
+        swapped = swap_tokens(tokens, box).unflatten(1, (4, 4))
+        assert torch.equal(swap_tokens(tokens, torch.tensor(box)).unflatten(1, (4, 4)), swapped)
+        row0, col0, row1, col1 = box
+        expected = tokens.unflatten(1, (4, 4)).clone()
+        expected[:, row0:row1, col0:col1] = expected[:, row0:row1, col0:col1].flip(0)
+        assert torch.equal(swapped, expected)
+
+
+@pytest.mark.slow
+def test_mix_token_compiles_to_one_graph():
+    """Whatever the box: 50 of them, as training draws and hands them on."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("eager")
+    model = RefinerViT(RefinerConfig(**TINY | dict(depth=2)))
+    compiled, images = torch.compile(model, backend=graphs), torch.randn(2, 3, 32, 32)
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        box = mix_token_box(4, float(torch.rand((), generator=generator)), generator)
+        compiled(images, torch.tensor(box))
+    assert graphs.frame_count <= 2  # one
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from refiner_min import records
+from refiner_min import hardware, records, write_json
+from tests.runs import CPU, run_of
 
 ROWS = [{"epoch": epoch, "step": 10 * epoch, "lr": 0.001, "train_loss": 2.0 / epoch, "val_loss": 1.0 / epoch,
          "val_accuracy": accuracy, "seconds": 60.0, "images_per_second": speed}
@@ -20,8 +21,8 @@ def test_the_table_and_metrics_say_the_same():
         found = list(csv.DictReader(file))
     assert [{name: float(value) for name, value in row.items()} for row in found] == ROWS
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
-    heads, row = records.HEADER.split("  "), records.table_row(ROWS[1])
-    assert len(records.HEADER) == len(row) and heads
+    row = records.table_row(ROWS[1])
+    assert len(records.HEADER) == len(row)  # the columns end where their headings do
     for value in ("2", "20", "0.001", "1.0000", "0.5000", "75.00%", "60", "100"):
         assert value in row.split()
     assert records.table_row(ROWS[1] | {"val_token_accuracy": 0.25}).endswith("of tokens 25.00%")
@@ -43,12 +44,16 @@ def test_the_command_is_as_one_would_type_it(monkeypatch):
     assert records.command_line(["--seed", "1"]) == "torchrun --nproc-per-node 2 -m refiner_min.train --seed 1"
 
 
-def test_facts_name_the_machine_the_versions_and_the_commit(monkeypatch):
-    facts = records.facts({"subset": "digits"}, 7, torch.device("cpu"), ["--seed", "1"])
-    assert (facts["subset"], facts["parameters"]) == ("digits", 7) and facts["command"].endswith("--seed 1")
-    assert facts["versions"]["torch"] == torch.__version__ and facts["hardware"]
-    records.write_config(Path(), facts)
-    assert json.loads(Path("config.json").read_text()) == facts
+def test_facts_name_the_machine_the_versions_and_the_commit(pictures, monkeypatch):
+    run = run_of(pictures)
+    facts = records.facts(run, ["--seed", "1"])
+    assert (facts["subset"], facts["parameters"]) == ("folder", run.parameters)
+    assert facts["command"].endswith("--seed 1")
+    assert facts["versions"]["torch"] == torch.__version__ and facts["hardware"] == hardware.describe(CPU)
+    assert facts["settings"] == {"tf32": False, "tf32_in_evaluation": False, "cudnn_benchmark": False,
+                                 "channels_last": False}
+    write_json("config.json", facts)
+    assert json.loads(Path("config.json").read_text()) == json.loads(json.dumps(facts))
 
     def no_git(*words, **options):
         raise FileNotFoundError("git")

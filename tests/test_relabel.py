@@ -4,6 +4,7 @@ MixToken by counting."""
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,11 +196,19 @@ def test_memory_of_pooling():
 # Mixing
 
 
+def test_boxes_are_the_published_ones():
+    with np.load(Path(__file__).parent / "data" / "recipe.npz") as numbers:
+        boxes = numbers["mix_token_boxes"]
+    assert len(boxes) == 108
+    for lam, row, col, *box in boxes:
+        assert relabel.box_around(14, lam, int(row), int(col)) == tuple(map(int, box))
+
+
 def test_box_of_mix_token():
     generator = torch.Generator().manual_seed(0)
     inside = torch.zeros(14, 14)
     for lam in np.linspace(0, 1, 50):
-        side = round(14 * (1 - lam) ** 0.5)
+        side = int(14 * (1 - lam) ** 0.5) // 2 * 2
         for _ in range(40):
             row0, col0, row1, col1 = relabel.mix_token_box(14, lam, generator)
             assert 0 <= row0 <= row1 <= 14 and 0 <= col0 <= col1 <= 14

@@ -1,6 +1,8 @@
 """splits.py: decoded once and cached, or streamed alike by any number of workers; pictures with their label maps."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +126,16 @@ def test_training_keeps_its_workers_and_validation_does_not(streamed):
     for split in (subset.train, subset.val):
         batches(split, count=9)
     assert subset.train.loader._iterator is not None and subset.val.loader._iterator is None
+
+
+@pytest.mark.slow
+def test_workers_of_a_stream_that_is_still_held_end_with_python(streamed):
+    """An error that somebody keeps, as pytest keeps those of failed tests, holds the stream and its workers."""
+    code = ("import sys, torch\nfrom refiner_min import data\n"
+            "kept = data.load_subset('folder', sys.argv[1], 16, storage='stream', workers=2).train\n"
+            "batches = kept.epoch(torch.arange(18), 4)\nnext(batches)\nprint('done')")
+    done = subprocess.run([sys.executable, "-c", code, streamed], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

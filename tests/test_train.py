@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from refiner_min import UserError, checkpoint, data, engine, scenes, train
-from refiner_min.augment import normalise
-from refiner_min.model import refiner_vit_s
+from refiner_min.augment import evaluation_picture, normalise
+from refiner_min.model import refiner_vit_m, refiner_vit_s
+from refiner_min.pictures import read_picture
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
 from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small
 from tests.test_checkpoint import published_state
+from tests.test_recipes import PUBLISHED, published_commands
 
 
 @pytest.fixture
@@ -43,16 +46,16 @@ def test_flags_of_the_model_reach_it(pictures, flags, config):
     assert found["num_classes"] == 3 and not found["dense"]
 
 
-def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
-    run = run_of(pictures, "--workers", "1", "--randaugment", "3", "--flip", "0.2", "--skip-bad", "--crop-min", "0.4")
+def test_flags_of_a_stream_reach_it(pictures):
+    run = run_of(pictures, "--storage", "stream", "--workers", "1", "--randaugment", "3", "--flip", "0.2", "--skip-bad",
+                 "--crop-min", "0.4", "--colour", "0.1")
     split = run.subset.train
     assert (split.loader.num_workers, split.skip_bad, split.loader.dataset.seed) == (1, True, 0)
-    choice, flip, augment, _ = split.loader.dataset.transform.alone.transforms
-    assert (augment.magnitude, flip.p, choice.transforms[0].scale) == (3, 0.2, (0.4, 1.0))
-    assert run.augment.area is None
-    loss, right, count, _ = run.evaluate()
-    assert 0 < loss < 10 and 0 <= right <= count == 12
+    stream = split.loader.dataset.transform
+    assert (stream.randaugment.magnitude, stream.flip, stream.crops[0].scale) == (3, 0.2, (0.4, 1.0))
+    assert run.augment.area is None and run.augment.colour == 0.1
+    score = run.evaluate()
+    assert 0 < score.loss < 10 and 0 <= score.right <= score.count == 12
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -69,6 +72,11 @@ def test_flags_of_a_stream_reach_it(pictures, monkeypatch):
     (["--device", "nonsense"], "--device nonsense cannot be used here"),
     (["--weights", "none.pt"], "there is no checkpoint none.pt"), (["--resume"], "there is no checkpoint .*last.pt"),
     (["--eval"], "there is no checkpoint .*best.pt"),
+    (["--finetune"], "--finetune needs --weights PATH"), (["--eval-batch-size", "0"], "--eval-batch-size 0 must be at"),
+    (["--randaugment", "9"], "--randaugment 9 is for streamed sets: --storage stream, or --randaugment 0"),
+    (["--storage", "stream", "--turn", "5"], "--turn 5 is for sets in memory: --storage memory, or --turn 0"),
+    (["--storage", "stream", "--crop-max", "1.5"], "--crop-max 1.5 is for sets in memory: .* or --crop-max 1"),
+    (["--randaugment", "11"], "--randaugment 11.0 must be at least 0 and at most 10"),
 ])
 def test_flags_that_do_not_go(pictures, flags, message):
     with pytest.raises(UserError, match=message):
@@ -118,7 +126,7 @@ def test_the_default_run_on_the_digits_in_little(capsys):
 def test_photos(pictures, subset, capsys):
     assert train.main(["--subset", subset, "--data", str(pictures), *SMALL, "--mixup", "0.8", "--cutmix", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"{subset}: on" in said and "24 pictures to train on, 12 to validate, 3 classes" in said
+    assert f"{subset}: on" in said and "24 pictures to train on; 12 to validate, 3 classes" in said
     assert json.loads(Path(f"runs/{subset}/config.json").read_text())["classes"][0] == "tench"
 
 
@@ -138,7 +146,7 @@ def test_imagenet(tmp_path, capsys):
     assert train.main(["--subset", "imagenet", "--data", str(root), *evaluate]) == 0
     assert "of 1000)" in capsys.readouterr().out
     few = make_folder(tmp_path / "few", train=1, val=1)
-    with pytest.raises(UserError, match=r"head.weight: \(1000, 384\) in the file, \(3, 384\) in the model"):
+    with pytest.raises(UserError, match="published.pth.tar knows 1000 classes, not the 3 of folder"):
         train.main(["--subset", "folder", "--data", str(few), "--model", "s", "--patch-size", "16", *evaluate])
 
 
@@ -160,7 +168,7 @@ def test_digit_scenes(capsys):
         output = net.forward_head(net.forward_features(normalise(batch.pictures)))
     labelled = batch.token_labels.sum(dim=2) > 0
     right = (output.token_logits.argmax(dim=2) == batch.token_labels.argmax(dim=2))[labelled].float().mean().item()
-    said = re.search(r"of tokens ([\d.]+)%", capsys.readouterr().out.splitlines()[-1])
+    said = re.search(r"of tokens ([\d.]+) %", capsys.readouterr().out.splitlines()[-1])
     assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
 
 
@@ -182,10 +190,14 @@ def test_evaluation_needs_no_training_set_and_builds_no_optimizer(pictures, monk
     assert train.main(words) == 0
     said = capsys.readouterr().out
     assert f"({right} of 12), loss {float(row['val_loss']):.4f}" in said
-    assert "\n12 to validate, 3 classes\n" in said
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
-    assert train.main(words) == 0
-    assert " of 12)" in capsys.readouterr().out
+    assert "\n12 to validate, 3 classes\n" in said and "weights of runs/folder/last.pt: their moving average" in said
+    assert train.main([*words, "--storage", "stream", "--eval-batch-size", "5"]) == 0
+    assert f"({right} of 12)" in capsys.readouterr().out  # the same pictures
+    assert train.main([*words, "--eval-weights", "raw"]) == 0
+    said, right = capsys.readouterr().out, round(float(row["val_accuracy_raw"]) * 12)
+    assert "weights of runs/folder/last.pt: raw" in said and f"({right} of 12)" in said
+    with pytest.raises(UserError, match="runs/folder/best.pt holds no raw weights, only ema"):
+        train.main(["--eval", "--data", "alone", "--subset", "folder", "--eval-weights", "raw", "--device", "cpu"])
     shutil.rmtree("alone/val")
     with pytest.raises(UserError, match="alone has no folder val/"):
         train.main(words)
@@ -245,10 +257,10 @@ def test_every_way_of_learning_from_maps_trains(pictures, labels, flags, monkeyp
 
 
 @pytest.mark.slow
-def test_a_stream_with_maps_trains_as_a_decoded_set_does(pictures, labels, monkeypatch):
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 1000)
+def test_a_stream_with_maps_trains_alike_with_any_workers(pictures, labels):
     for workers in ("0", "2"):
-        flags = ["--relabel", labels, "--randaugment", "9", "--mix-token", "--cutmix", "1", "--workers", workers]
+        flags = ["--relabel", labels, "--randaugment", "9", "--mix-token", "--cutmix", "1", "--workers", workers,
+                 "--storage", "stream"]
         assert train.main(small(pictures, "--out", f"run{workers}", *flags)) == 0
     assert_same_runs("run0", "run2")
 
@@ -321,7 +333,7 @@ def test_signals_save_and_say_how_to_go_on(pictures, number, status):
     said = process.communicate()[0]
     assert process.returncode == status, said
     assert "Traceback" not in said
-    command = re.search(r"to go on: python (-m refiner_min.train .* --out stopped .*--resume)$", said.strip()).group(1)
+    command = re.search(r"go on: python (-m refiner_min.train --resume stopped --device cpu)$", said.strip()).group(1)
     step = checkpoint.load("stopped/last.pt")["step"]
     assert f"stopped after step {step};" in said
     process = subprocess.Popen([sys.executable, "-u", *command.split()], stdout=subprocess.PIPE, text=True)
@@ -335,10 +347,8 @@ def test_signals_save_and_say_how_to_go_on(pictures, number, status):
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_stopped_at_any_step_and_resumed_is_as_never_stopped(pictures, monkeypatch, streams, stop_after):
     """With everything that draws at random: order, crops, colour, erasing, mixup or cutmix, drop path."""
-    if streams:
-        monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     flags = small(pictures, "--mixup", "0.8", "--cutmix", "1", "--drop-path", "0.3", "--erasing", "0.5", "--colour",
-                  "0.3", "--ema", "0.9", "--workers", "1", "--amp", "off")
+                  "0.3", "--ema", "0.9", "--workers", "1", "--amp", "off", *["--storage", "stream"] * streams)
     assert train.main([*flags, "--out", "whole"]) == 0
 
     def stop(self, step):
@@ -388,7 +398,13 @@ def test_resuming_with_other_flags_is_refused(pictures):
     other = make_folder(Path("other"), train=9, val=4)
     with pytest.raises(UserError, match=r"a/last.pt was made with another configuration: pictures \("):
         train.main(["--resume", "a", "--device", "cpu", "--data", str(other)])
+    with pytest.raises(UserError, match=r"storage \(memory there, stream here\)"):
+        train.main(["--resume", "a", "--device", "cpu", "--storage", "stream"])
     state = checkpoint.load("a/last.pt")
+    Path("earlier").mkdir()
+    checkpoint.save({name: value for name, value in state.items() if name != "recipe_version"}, "earlier/last.pt")
+    with pytest.raises(UserError, match="earlier/last.pt was written by another version .* begin the run again"):
+        train.main(["--resume", "earlier", "--device", "cpu"])
     Path("later").mkdir()
     checkpoint.save(state | {"recipe": state["recipe"] | {"later": 1}}, "later/last.pt")
     for flags in (["--resume", "later"], ["--eval", "--weights", "later/last.pt"]):
@@ -406,18 +422,94 @@ def test_starting_from_weights(pictures, tmp_path):
     assert train.main(small(pictures, "--out", "a")) == 0
     best = checkpoint.load("a/best.pt")
     run = run_of(pictures, "--weights", "a/best.pt", "--seed", "5", "--img-size", "24")  # another grid
-    assert torch.equal(run.model.head.weight, best["model"]["head.weight"])
+    assert torch.equal(run.model.head.weight, best["ema"]["head.weight"])
     assert run.model.position.shape[1] == 10
     other = make_folder(tmp_path / "other", classes=("a", "b", "c"))
     run = run_of(other, "--weights", "a/best.pt", "--seed", "5")  # other classes: a new head
-    assert not torch.equal(run.model.head.weight, best["model"]["head.weight"])
-    assert torch.equal(run.model.norm.weight, best["model"]["norm.weight"])
+    assert not torch.equal(run.model.head.weight, best["ema"]["head.weight"])
+    assert torch.equal(run.model.norm.weight, best["ema"]["norm.weight"])
     with pytest.raises(UserError, match=r"a/best.pt was made with another configuration: expand \(3 there, 2 here\)"):
         run_of(pictures, "--weights", "a/best.pt", "--expand", "2")
-    with pytest.raises(UserError, match="knows tench, .* not the classes of folder"):
+    with pytest.raises(UserError, match="a/best.pt knows tench, .* not the classes of folder"):
         train.main(["--eval", "--weights", "a/best.pt", "--data", str(other), "--device", "cpu"])
     with pytest.raises(UserError, match=r"expand \(3 there, 2 here\)"):
         train.main(["--eval", "--weights", "a/best.pt", "--expand", "2", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("there, here, said", [
+    ("0.5", "0", "raw; its token head is left out"), ("0", "0.5", "raw; the token head is new: it has none"),
+    ("0.5", "0.5", "raw"), ("0", "0", "raw")])
+def test_a_token_head_that_only_one_side_has(pictures, there, here, said, capsys):
+    assert train.main(small(pictures, "--out", "a", "--dense-weight", there, "--epochs", "1", "--ema", "0")) == 0
+    capsys.readouterr()
+    run = run_of(pictures, "--weights", "a/best.pt", "--dense-weight", here, "--seed", "5")
+    assert f"weights of a/best.pt: {said}\n" in capsys.readouterr().out
+    best = checkpoint.load("a/best.pt")["model"]
+    assert run.model.config.dense == (here != "0") and torch.equal(run.model.head.weight, best["head.weight"])
+    if there == here == "0.5":
+        assert torch.equal(run.model.token_head.weight, best["token_head.weight"])
+
+
+@pytest.mark.slow
+def test_finetuning_at_another_size_keeps_what_was_learnt(capsys):
+    """Digits at 32 px, then at 48 px: within a point of where it began, or above."""
+    assert train.main(["--epochs", "5", "--device", "cpu", "--out", "small"]) == 0
+    before = float(rows_of("small")[-1]["val_accuracy"])
+    flags = ["--weights", "small/best.pt", "--finetune", "--img-size", "48", "--device", "cpu"]
+    assert train.main([*flags, "--out", "large"]) == 0
+    rows = rows_of("large")
+    assert before > 0.9 and float(rows[-1]["val_accuracy"]) > before - 0.01
+    assert checkpoint.load("large/best.pt")["config"]["img_size"] == 48
+    assert train.main(["--resume", "large", "--device", "cpu"]) == 0  # the recipe is in the file
+
+
+def test_published_weights_are_evaluated_as_they_were(tmp_path, monkeypatch, capsys):
+    """Size, model and crop are theirs, val/ is enough, and the token head may be missing."""
+    wnids = data.imagenet_wnids()[:4]
+    monkeypatch.setattr(data, "imagenet_wnids", lambda: wnids)
+    root = make_folder(tmp_path / "set", train=1, val=3, size=(50, 40), classes=wnids)
+    shutil.rmtree(root / "train")
+    seen = []
+    monkeypatch.setattr(data, "evaluation_picture", lambda picture, size, crop: seen.append((size, crop))
+                        or evaluation_picture(picture, size, crop))
+    for dense, kind in ((True, "raw"), (False, "ema")):
+        torch.manual_seed(0)
+        source = refiner_vit_m(img_size=32, num_classes=4, dense=dense).eval()
+        torch.save({"state_dict": published_state(source), "state_dict_ema": published_state(source)}, "m.pth.tar")
+        words = ["--subset", "imagenet", "--data", str(root), "--eval", "--weights", "m.pth.tar", "--device", "cpu",
+                 "--workers", "0", "--eval-weights", kind, "--eval-batch-size", "7"]
+        assert train.main(words) == 0
+        pictures = [evaluation_picture(read_picture(path), 32, 1.0) for path in sorted((root / "val").rglob("*.png"))]
+        with torch.no_grad():
+            found = source(normalise(torch.stack(pictures))).argmax(dim=1)
+        right = int((found == torch.arange(4).repeat_interleave(3)).sum())
+        said = capsys.readouterr().out
+        assert f"({right} of 12)" in said and "top-1" in said
+        assert f"weights of m.pth.tar: {'raw' if kind == 'raw' else 'their moving average'}" in said
+    assert set(seen) == {(32, 1.0)}  # that of model M
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row, published", enumerate(PUBLISHED), ids=str)
+def test_the_commands_of_the_published_models_run(row, published, tmp_path, monkeypatch):
+    """Each row of the table, on a few generated pictures at 32 px, and 48 px where it fine-tunes: two steps each."""
+    wnids = data.imagenet_wnids()[:3]
+    monkeypatch.setattr(data, "imagenet_wnids", lambda: wnids)
+    root = make_folder(tmp_path / "set", train=4, val=1, size=(40, 40), classes=wnids)
+    pack_labels(Path("labels/imagenet"), names_of(root), *random_labels(12), classes=wnids)
+    small_ones = ["--data", str(root), "--batch-size", "6", "--epochs", "1", "--device", "cpu", "--workers", "0"]
+    for command, size in zip(published_commands()[row], ("32", "48")):
+        assert train.main([*shlex.split(command), *small_ones, "--img-size", size]) == 0
+        out = Path(train.parse(shlex.split(command))[0].out)
+        assert rows_of(out)[-1]["step"] == "2"
+
+
+def test_going_on_names_a_command_that_works(pictures):
+    """Without --weights, which a resumed run has of its own; with what the checkpoint does not hold."""
+    words = small(pictures, "--weights", "a.pt", "--finetune", "--workers", "1", "--compile", "--out", "b")
+    args, _ = train.parse(words)
+    assert train.resuming(args, Path("b")) == ["--resume", "b", "--device", "cpu", "--workers", "1", "--compile"]
+    assert train.parse(train.resuming(args, Path("b")))[0].resume == "b"
 
 
 def test_starting_from_published_weights(pictures):
