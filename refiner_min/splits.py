@@ -28,7 +28,7 @@ from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.pictures import SKIP_HINT, read_picture
 
 CACHE_FORMAT = 3
-_LOADERS = weakref.WeakSet()  # of all streams
+_WORKERS = weakref.WeakSet()  # the processes of all streams
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,6 @@ class StreamSplit:
             _Samples(folder.samples, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
             collate_fn=_collate, pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0,
             worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: training's is not drawn from
-        _LOADERS.add(self.loader)
 
     def __len__(self):
         return len(self.samples)
@@ -177,7 +176,9 @@ class StreamSplit:
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
         self.batches[:] = [[(index, epoch) for index in batch.tolist()] for batch in indices.split(batch_size)]
-        for batch, bad in self.loader:
+        loaded = iter(self.loader)
+        _WORKERS.update(getattr(loaded, "_workers", ()))  # none where this process reads itself
+        for batch, bad in loaded:
             for message in bad:
                 self._leave_out(message)
             if batch is None:
@@ -231,12 +232,12 @@ def _collate(samples) -> tuple[Batch | None, list[str]]:
 
 
 @atexit.register
-def stop_workers():
-    """Those of streams that are still held when Python exits: it would end them by SIGTERM, which they ignore, and
-    wait."""
-    for loader in _LOADERS:
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()
+def kill_workers():
+    """Those of streams that somebody still holds when Python exits, as pytest does with a failed test's: Python would
+    end them by SIGTERM, which they ignore, and wait for ever."""
+    for worker in _WORKERS:
+        if worker.is_alive():
+            worker.kill()
 
 
 def ignore_signals(worker: int):

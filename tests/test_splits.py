@@ -132,10 +132,11 @@ def test_training_keeps_its_workers_and_validation_does_not(streamed):
 def test_workers_of_a_stream_that_is_still_held_end_with_python(streamed):
     """An error that somebody keeps, as pytest keeps those of failed tests, holds the stream and its workers."""
     code = ("import sys, torch\nfrom refiner_min import data\n"
-            "kept = data.load_subset('folder', sys.argv[1], 16, storage='stream', workers=2).train\n"
-            "batches = kept.epoch(torch.arange(18), 4)\nnext(batches)\nprint('done')")
+            "subset = data.load_subset('folder', sys.argv[1], 16, storage='stream', workers=2)\n"
+            "kept = [split.epoch(torch.arange(9), 4) for split in (subset.train, subset.val)]\n"
+            "print(*(len(next(batches).labels) for batches in kept))")
     done = subprocess.run([sys.executable, "-c", code, streamed], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "4 4\n"), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])
