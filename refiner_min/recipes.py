@@ -86,7 +86,7 @@ class Digits(Recipe):
     """python -m refiner_min.train
 
     The 1,797 built-in digits, 1,442 to train on and 355 to validate, 32 px in 16 patches. On two cores of an AMD EPYC
-    with bf16: 1.5 minutes, 99.3 % (mean of three seeds; notebooks/results/digits-cpu-seed*.json).
+    with bf16: 0.7 minutes, 99.3 % (mean of three seeds; notebooks/results/digits-cpu-seed*.json).
     """
 
     img_size: int = 32
@@ -107,8 +107,8 @@ class DigitScenes(Recipe):
     """python -m refiner_min.train --subset digit-scenes
 
     Scenes of up to four of the digits, 32 px in 64 patches whose labels are known; 10,000 new ones an epoch, 1,000 to
-    validate. On two cores of an AMD EPYC with bf16: about 2 minutes, 95.6 % of the pictures, 84.7 % of the tokens (mean
-    of three seeds; notebooks/results/digit-scenes-cpu-tokens-seed*.json). The patch tokens' loss weighs eight times
+    validate. On two cores of an AMD EPYC with bf16: 1.2 minutes, 95.9 % of the pictures, 80.9 % of the tokens (mean of
+    three seeds; notebooks/results/digit-scenes-cpu-tokens-seed*.json). The patch tokens' loss weighs eight times
     what is published: with 0.5, tokens had by then hardly begun to name their own digit.
     """
 
@@ -148,7 +148,7 @@ class PhotosOnCPU(Recipe):
     """python -m refiner_min.train --subset imagenette --device cpu
 
     The same sets without a GPU: 64 px in 64 patches, 12 epochs. Imagenette on two cores of an AMD EPYC with bf16:
-    17 minutes, 68.8 % (one seed; notebooks/results/imagenette-64px-cpu-refined.json).
+    14 minutes, 68.8 % (one seed, an older recipe; notebooks/results/imagenette-64px-cpu-refined.json).
     """
 
     ema: float = 0.99

@@ -44,7 +44,7 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop; "
                         "of --data, val/ is enough")
     parser.add_argument("--eval-batch-size", type=int, metavar="N", help="pictures a step of evaluation, over all "
-                        "processes together (default: --batch-size); L at 448 px takes about 1 GB a picture")
+                        "processes together (default: --batch-size); L at 448 px: 1 GB, and 0.5 GB a picture")
     parser.add_argument("--eval-weights", choices=("ema", "raw"), help="which of a file's weights --eval and --weights "
                         "take (default: of ours the moving average, of published ones the raw)")
     group = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
@@ -91,12 +91,14 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     return subset
 
 
-def check_fits(recipe: Recipe, subset: data.Subset):
-    """UserError: the recipe asks for what this set, as it is stored, cannot do."""
+def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device):
+    """UserError: the recipe asks for what this set, as it is stored, or this machine cannot do."""
     if recipe.batch_size > len(subset.train):
         raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
     if recipe.batch_size % distributed.world():
         raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {distributed.world()} processes")
+    if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
+        raise UserError("--sync-bn is for processes on GPUs: leave it out")
     if subset.storage == "stream":
         for flag, value, none in (("turn", recipe.turn, 0), ("crop-max", recipe.crop_max, 1)):
             if value > none:
@@ -162,7 +164,7 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device, argumen
         raise UserError(f"{out} holds a run already ({held[0]}): --resume {out} goes on with it, --out DIR keeps both")
     state = checkpoint.load(args.weights) if args.weights else None
     subset = open_subset(args, recipe, device)
-    check_fits(recipe, subset)
+    check_fits(recipe, subset, device)
     net = build_model(recipe, len(subset.classes), subset.channels)
     if state is not None:
         same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000

@@ -36,6 +36,8 @@ def test_two_processes(pictures):
 
     done = torchrun(*small(pictures, "--out", "odd", "--batch-size", "11"))
     assert "--batch-size 11 must be a multiple of the 2 processes" in done.stderr and not Path("odd").exists()
+    done = torchrun(*small(pictures, "--out", "odd", "--batch-size", "12", "--sync-bn"))
+    assert "--sync-bn is for processes on GPUs" in done.stderr and not Path("odd").exists()
     with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
         train.main(["--resume", "two", "--device", "cpu"])
 
