@@ -181,6 +181,20 @@ def test_gradients_are_clipped(pictures):
     assert norms["0.01"] == pytest.approx(0.01, rel=1e-3) and norms["0"] > 0.1
 
 
+def test_gradients_are_clipped_without_fp16s_scale(pictures, monkeypatch):
+    norms, clip = {}, engine.nn.utils.clip_grad_norm_
+    for amp in ("off", "fp16"):
+        run = run_of(pictures, "--amp", amp, "--clip-grad", "1")
+        if amp == "fp16":
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        monkeypatch.setattr(engine.nn.utils, "clip_grad_norm_",
+                            lambda *words, amp=amp: norms.update({amp: float(clip(*words))}))
+        run.wrapped.train()
+        torch.manual_seed(0)
+        run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
+    assert norms["fp16"] == pytest.approx(norms["off"], rel=0.2)
+
+
 def test_a_validation_loss_that_is_not_finite_is_called_that(pictures, monkeypatch):
     score = evaluation.Score(math.nan, 1, 12, None, None)
     monkeypatch.setattr(engine, "evaluate", lambda *words: score)
@@ -251,7 +265,8 @@ def test_which_labels_are_learnt_from(pictures, labels, flags, image, tokens):
 
 
 def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
-    run, seen = run_of(pictures, "--mix-token", "--dense-weight", "0.5", "--amp", "off"), []
+    flags = ["--mix-token", "--dense-weight", "0.5", "--amp", "off", "--patch-size", "4"]  # 4 x 4 tokens
+    run, seen = run_of(pictures, *flags), []
     forward, criterion = run.model.forward, run.criterion
 
     def keep(images, mix_box=None):
@@ -259,7 +274,7 @@ def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
         return forward(images, mix_box)
 
     def check(output, labels, share):
-        assert share == box_share(seen[-1], 2) and isinstance(output, RefinerOutput)
+        assert share == box_share(seen[-1].tolist(), 4) and isinstance(output, RefinerOutput)
         return criterion(output, labels, share)
 
     monkeypatch.setattr(run.model, "forward", keep)
@@ -268,7 +283,7 @@ def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
     for _ in range(6):
         torch.manual_seed(run.step)
         run.train_step(torch.randn(10, 3, 16, 16), Labels(torch.arange(10) % 3))
-    assert len(set(seen)) > 1
+    assert len({box_share(box.tolist(), 4) for box in seen}) > 1
     run.recipe = replace(run.recipe, mix_token=False)
     monkeypatch.setattr(run.model, "forward", lambda images, mix_box=None: seen.append(mix_box) or forward(images))
     run.criterion = lambda output, labels, share: criterion(output, labels, seen.append(share) or share)
