@@ -24,7 +24,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from refiner_min import UserError, some
 from refiner_min.augment import StreamAugmentation, evaluation_picture
 from refiner_min.label_store import open_labels
-from refiner_min.pictures import squash, stored_size
+from refiner_min.pictures import squash
 from refiner_min.scenes import SceneSplit
 from refiner_min.splits import MemorySplit, PictureMaps, StreamSplit, decode, picture_names
 
@@ -73,6 +73,11 @@ def imagenet_wnids() -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Opening a subset
+
+
+def stored_size(size: int) -> int:
+    """Pixels a side of a decoded picture for images of size: more, so that a crop of a part still has its detail."""
+    return round(size * 1.25)
 
 
 def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = False, storage: str | None = None,

@@ -18,11 +18,6 @@ def read_picture(source, mode: str = "RGB") -> Image.Image:
         raise UserError(f"{source} is not a picture that can be read ({error})") from None
 
 
-def stored_size(size: int) -> int:
-    """Pixels a side of a decoded picture for images of size: more, so that a crop of a part still has its detail."""
-    return round(size * 1.25)
-
-
 def squash(picture: Image.Image, size: int) -> torch.Tensor:
     """The whole picture as a square: (channels, size, size) uint8."""
     return pil_to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
