@@ -9,6 +9,7 @@ It imports pictures, splits, scenes, augment (what a stream does to its pictures
 import os
 import shutil
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,14 +83,16 @@ def stored_size(size: int) -> int:
 
 def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = False, storage: str | None = None,
                 grid: int = 8, eval_crop: float = 1.0, seed: int = 0, workers: int = 0, skip_bad: bool = False,
-                pin_memory: bool = False, transform=None, labels: str | None = None) -> Subset:
+                pin_memory: bool = False, transform=None, labels: str | None = None,
+                hold_out: float = 0.0) -> Subset:
     """Open a subset by name for images of size x size pixels.
 
     data: the extracted folder with train/ and val/; None looks in data/ and downloads what can be downloaded.
     only_val: to evaluate; a folder then needs no train/. storage: "memory", where pictures are decoded once and kept,
     or "stream", which ImageNet and what is too large for MEMORY_LIMIT do if it is not said. grid: tokens a side, of
     digit-scenes' token labels. eval_crop: of augment.evaluation_picture. labels: a folder of label maps of the training
-    pictures. For a streamed set: workers, pin_memory, and transform, that of training.
+    pictures. hold_out: validate on that share of the training pictures (held_out), which are then not trained on.
+    For a streamed set: workers, pin_memory, and transform, that of training.
     UserError: what is missing, empty or unreadable.
     """
     if subset in BUILT_IN:
@@ -97,8 +100,13 @@ def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = Fa
             if value is not None:
                 hint = ": add --subset folder" if flag == "data" else ""
                 raise UserError(f"--{flag} {value} does not go with --subset {subset}, which is built in{hint}")
-        return _digits(size, eval_crop) if subset == "digits" else _digit_scenes(size, grid, seed)
-    root, folders, classes = open_folders(subset, data, ("val",) if only_val else ("train", "val"))
+        splits = _built_in_digits(hold_out)
+        return _digits(splits, size, eval_crop) if subset == "digits" else _digit_scenes(splits, size, grid, seed)
+    needed = ("train",) if hold_out else ("val",) if only_val else ("train", "val")
+    root, folders, classes = open_folders(subset, data, needed)
+    if hold_out:
+        rest, held = _hold_out(folders["train"], hold_out)
+        folders = {"val": held} if only_val else {"train": rest, "val": held}
     store = open_labels(labels, classes) if labels is not None else None
     as_evaluated, stored = partial(evaluation_picture, size=size, crop=eval_crop), stored_size(size)
     count = sum(len(folder.samples) for folder in folders.values())
@@ -110,10 +118,11 @@ def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = Fa
                                 keep_workers=name == "train")
                   for name, folder in folders.items()}
     else:
-        val = decode(folders["val"], as_evaluated, size, f"{size}px-crop{eval_crop:g}", skip_bad)
+        part = f"-hold-out{hold_out:g}" if hold_out else ""  # in the names of the caches
+        val = decode(folders["val"], as_evaluated, size, f"{size}px-crop{eval_crop:g}{part}", skip_bad)
         splits = {"val": replace(val, cropped=True)}
         if not only_val:
-            squashed = decode(folders["train"], partial(squash, size=stored), stored, f"{stored}px", skip_bad)
+            squashed = decode(folders["train"], partial(squash, size=stored), stored, f"{stored}px{part}", skip_bad)
             maps = PictureMaps(store, store.find(squashed.names)) if store is not None else None
             splits["train"] = replace(squashed, maps=maps)
     found = dict(relabel=str(store.folder), annotator=store.annotator) if store is not None else {}
@@ -139,35 +148,62 @@ def open_folders(subset: str, data: str | None, splits=("train", "val")) -> tupl
     return root, folders, _check_folders(root, folders, subset)
 
 
-def _digits(size: int, eval_crop: float) -> Subset:
+def held_out(labels: torch.Tensor, share: float) -> torch.Tensor:
+    """Which pictures (n,) to leave out of training: of each class that share, at least one, spread evenly over it.
+    UserError: a class has one picture only."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        if len(mine) < 2:
+            raise UserError(f"--hold-out {share:g} needs two training pictures of each class: class {label} has one")
+        count = max(round(len(mine) * share), 1)
+        held[mine[((torch.arange(count) + 0.5) * len(mine) / count).long()]] = True
+    return held
+
+
+def _hold_out(folder: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
+    """The folder without the pictures that are held out, and with those alone."""
+    held, parts = held_out(torch.tensor(folder.targets), share).tolist(), []
+    for wanted in (False, True):
+        part = copy(folder)
+        part.samples = [sample for sample, out in zip(folder.samples, held) if out is wanted]
+        part.targets = [label for _, label in part.samples]
+        parts.append(part)
+    return tuple(parts)
+
+
+def _digits(splits, size: int, eval_crop: float) -> Subset:
     """The built-in digits, enlarged once with bicubic interpolation."""
-    splits = []
-    for images, labels in _built_in_digits():
+    decoded = []
+    for images, labels in splits:
         enlarged = F.interpolate(images, (size, size), mode="bicubic")  # (n, 1, size, size)
         pictures = enlarged.round().clamp(0, 255).to(torch.uint8)
-        splits.append(MemorySplit(pictures, torch.ones(len(labels)), labels))
-    train, val = splits
+        decoded.append(MemorySplit(pictures, torch.ones(len(labels)), labels))
+    train, val = decoded
     shown = torch.stack([evaluation_picture(to_pil_image(picture), size, eval_crop) for picture in val.pictures])
     return Subset("digits", None, train, replace(val, pictures=shown, cropped=True), DIGITS, channels=1)
 
 
-def _digit_scenes(size: int, grid: int, seed: int) -> Subset:
+def _digit_scenes(splits, size: int, grid: int, seed: int) -> Subset:
     """10,000 scenes an epoch to train on, new ones in each; 1,000 to validate, always the same, of other digits."""
-    train, val = _built_in_digits()
+    train, val = splits
     return Subset("digit-scenes", None, SceneSplit(*train, 10_000, size, grid, seed),
                   SceneSplit(*val, 1_000, size, grid, seed=0, stream="validation scenes"), DIGITS, channels=1)
 
 
-def _built_in_digits() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _built_in_digits(hold_out: float = 0.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images (n, 1, 8, 8) from 0 to 255 and labels (n,) to train on, and to validate; the latter every fifth of a
-    class."""
+    class, or what is held out of the others."""
     with np.load(ASSETS / "digits.npz") as asset:
         images, labels = torch.from_numpy(asset["images"]), torch.from_numpy(asset["labels"]).long()
     rank_in_class = torch.empty_like(labels)
     for digit in labels.unique():
         rank_in_class[labels == digit] = torch.arange(int((labels == digit).sum()))
-    return [(images[chosen][:, None] * (255 / 16), labels[chosen])
-            for chosen in (rank_in_class % 5 != 4, rank_in_class % 5 == 4)]
+    images, validated = images[:, None] * (255 / 16), rank_in_class % 5 == 4
+    if hold_out:
+        images, labels = images[~validated], labels[~validated]
+        validated = held_out(labels, hold_out)
+    return [(images[chosen], labels[chosen]) for chosen in (~validated, validated)]
 
 
 def _download(subset: str, root: Path = Path("data")) -> Path:

@@ -184,7 +184,14 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.subset.name}, model {self.recipe.model}{'' if self.recipe.refine else ', plain ViT'}"
+        return f"{self.subset.name}, model {self.recipe.model}, {self.model.config.depth} blocks, {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        config = self.model.config
+        if not config.refine:
+            return "plain ViT"
+        return "maps shared, not refined" if config.unrefined else "linear refinement" if config.linear else "refined"
 
     def origin(self) -> dict:
         """What is trained on what."""

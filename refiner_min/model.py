@@ -33,14 +33,14 @@ class RefinerConfig:
     expand: int = 3  # E / H; 1: no expansion
     kernel_size: int = 3  # of the local convolution on the N x N map; 1: no convolution
     linear: bool = False  # True: the paper's linear operator, without BatchNorm, ReLU6 and skip; needs share=False
+    unrefined: bool = False  # True: a pair's shared map is left as it is, to see what sharing alone does
     dense: bool = True  # a second head, on the patch tokens (token labeling)
     stem: tuple[int, int, int] = (32, 64, 128)  # channels of the stem's three convolutions
     layer_scale: float = 1e-5  # start of the learnable scale on the MLP's branch
     drop_path: float = 0.0  # stochastic depth: this rate at the last block, rising linearly from 0 at the first
 
     def __post_init__(self):
-        for name in ("img_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads", "expand",
-                     "kernel_size"):
+        for name in "img_size patch_size in_channels num_classes dim depth heads expand kernel_size".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for wrong, message in (
@@ -50,8 +50,8 @@ class RefinerConfig:
             (self.kernel_size % 2 != 1, f"kernel_size={self.kernel_size} must be odd"),
             (not 0 <= self.drop_path < 1, f"drop_path={self.drop_path} must be at least 0 and below 1"),
             (self.refine and self.share and self.depth % 2, f"depth={self.depth} must be even: share=True makes pairs"),
-            (self.linear and self.share, "share=True must be False with linear=True, which refines in every block"),
-            (self.linear and not self.refine, "refine=False leaves nothing of linear=True"),
+            (self.linear and (self.share or not self.refine) or self.unrefined and not (self.share and self.refine),
+             f"linear={self.linear}, unrefined={self.unrefined}: not with refine={self.refine}, share={self.share}"),
             (self.linear and self.expand == self.kernel_size == 1, "expand=1, kernel_size=1: linear=True does nothing"),
         ):
             if wrong:
@@ -178,7 +178,7 @@ class Block(nn.Module):
     def __init__(self, config: RefinerConfig, index: int):
         super().__init__()
         own = not (config.refine and config.share) or index % 2 == 0
-        refined = config.refine and (not config.share or index % 2 == 1)
+        refined = config.refine and not config.unrefined and (not config.share or index % 2 == 1)
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attention = Attention(config, own, refined)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)

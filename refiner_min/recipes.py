@@ -24,6 +24,9 @@ class Recipe:
     """What a run is made of. Every field is a flag of the command; the subclasses are the presets."""
 
     model: str = option("ti", "size of the model", choices=tuple(MODELS))
+    dim: int = option(0, "channels; 0: the model's", 0)
+    depth: int = option(0, "blocks; 0: the model's", 0)
+    heads: int = option(0, "of attention; 0: the model's", 0)
     img_size: int = option(64, "pixels a side", 2)
     patch_size: int = option(8, "pixels a side of a patch", 2)
     refine: bool = option(True, "refine the attention maps; --no-refine is a plain ViT of the same depth and width")
@@ -31,6 +34,7 @@ class Recipe:
     expand: int = option(3, "expanded maps a head; 1 for no expansion", 1)
     kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1)
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
+    unrefined: bool = option(False, "pairs share the map as it is: what sharing alone does")
     drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
     epochs: int = option(12, "passes over the training pictures", 1)
     batch_size: int = option(64, "pictures a step, over all processes together", 1)
@@ -57,6 +61,8 @@ class Recipe:
     erasing: float = option(0.0, "probability of random erasing", 0, 1)
     eval_crop: float = option(1.0, "share of the shorter side that evaluation looks at; above 1 between black borders",
                               0.01, 2)
+    hold_out: float = option(0.0, "validate on this share of each class's training pictures, left out of training, and "
+                             "not on val/: to choose recipes by", 0, 0.5)
     clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0)
     sync_bn: bool = option(False, "BatchNorm counts over all processes together; not as published")
     seed: int = option(0, "of the weights, the order and the augmentation", 0, 2**32 - 1)
@@ -78,6 +84,7 @@ class Recipe:
                             f"fit into --epochs {self.epochs}")
 
 
+SIZES = ("dim", "depth", "heads")  # fields in which 0 is the model's own
 OF_MODEL = {item.name for item in fields(model.RefinerConfig)} & {item.name for item in fields(Recipe)}
 
 
@@ -268,7 +275,8 @@ def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bo
 def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool | None = None) -> model.RefinerViT:
     """The model of the recipe, untrained; dense: with a token head, by default where the recipe teaches it. UserError:
     no such model can be."""
-    chosen = {name: value for name, value in asdict(recipe).items() if name in OF_MODEL}
+    chosen = {name: value for name, value in asdict(recipe).items()
+              if name in OF_MODEL and (value or name not in SIZES)}
     torch.manual_seed(recipe.seed)
     try:
         return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,

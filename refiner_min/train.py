@@ -79,7 +79,7 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     workers = args.workers if args.workers is not None else hardware.default_workers()
     with distributed.first_alone():
         subset = data.load_subset(
-            args.subset, args.data, recipe.img_size, only_val=args.eval, storage=args.storage,
+            args.subset, args.data, recipe.img_size, only_val=args.eval, hold_out=recipe.hold_out, storage=args.storage,
             grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers,
             skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
             transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
@@ -235,7 +235,7 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
     if "config" in state:
         args.subset = args.subset or state["subset"]
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
-        recipe = replace(saved_recipe(state, path), **given)
+        recipe = replace(saved_recipe(state, path), **{"hold_out": 0.0} | given)  # val/, unless it is asked for
         recipe.check()
     else:
         args.subset = args.subset or "imagenet"
@@ -259,9 +259,8 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
     run = resumed_run(args, given, device) if resumes else new_run(args, given, device, arguments)
     if run.rank == 0:
         config = run.model.config
-        kind = "linear refinement" if config.linear else "refined" if config.refine else "plain ViT"
-        print(f"model {run.recipe.model}: {kind}, {run.parameters:,} parameters, {config.img_size} px in "
-              f"{config.grid**2} patches", flush=True)
+        print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
+              f"{config.img_size} px in {config.grid**2} patches", flush=True)
     status = fit(run, go_on=records.command_line(resuming(args, run.out)))
     if status == 0 and run.rank == 0:
         finish(run, arguments)

@@ -289,6 +289,7 @@ def test_initialisation():
     (dict(heads=5), "heads=5"), (dict(patch_size=15, img_size=30), "patch_size=15"), (dict(img_size=60), "img_size=60"),
     (dict(kernel_size=2), "kernel_size=2"), (dict(depth=3), "depth=3"), (dict(drop_path=1.0), "drop_path=1.0"),
     (dict(expand=0), "expand=0"), (dict(depth=0), "depth=0"), (dict(linear=True), "share=True"),
+    (dict(unrefined=True, share=False), "share=False"), (dict(unrefined=True, refine=False), "refine=False"),
     (dict(linear=True, refine=False, share=False), "refine=False"),
     (dict(linear=True, share=False, expand=1, kernel_size=1), "expand=1"),
 ])

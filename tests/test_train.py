@@ -68,7 +68,7 @@ def test_flags_of_a_stream_reach_it(pictures):
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
     (["--batch-size", "1000"], "--batch-size 1000 is larger than the 24 training pictures"),
     (["--img-size", "17"], "patch_size=8 must divide img_size=17"),
-    (["--linear", "--share"], "share=True must be False with linear=True"),
+    (["--linear", "--share"], "linear=True, unrefined=False: not with refine=True, share=True"),
     (["--device", "nonsense"], "--device nonsense cannot be used here"),
     (["--weights", "none.pt"], "there is no checkpoint none.pt"), (["--resume"], "there is no checkpoint .*last.pt"),
     (["--eval"], "there is no checkpoint .*best.pt"),

@@ -1,0 +1,268 @@
+"""The recorded experiments, run again with one command: python -m refiner_min.study
+
+What the refinement gains, with seeds: each experiment is some flags of refiner_min.train. They are run in the order of
+importance in which they stand here, one at a time, and recorded in notebooks/results/ as they end: NAME-seedK.json (the
+run's config.json with the experiment's name and the measures of its model) and NAME-seedK.csv (its metrics.csv).
+It imports train and annotate, whose commands it runs; measures, and data, recipes, checkpoint and hardware for them.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from refiner_min import UserError, annotate, data, hardware, measures, recipes, run_command, train, write_json
+from refiner_min.checkpoint import load, load_weights, weights_of
+from refiner_min.label_store import PackedLabels
+
+RUNS = Path("runs/study")
+RESULTS = Path("notebooks/results")
+LABELS = Path("labels/imagenette")
+IMAGENETTE = "--subset imagenette --data data/imagenette2-224"
+ANNOTATE = f"{IMAGENETTE} --out {LABELS} --resume"
+PARTS = {  # of the refinement: what is left of it, and the flags
+    "plain": "--no-refine",
+    "refined": "",
+    "expansion": "--kernel-size 1",
+    "convolution": "--expand 1",
+    "every-block": "--no-share",
+    "linear": "--linear",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    flags: str  # of refiner_min.train, but for --seed, --device and --out
+    minutes: float  # expected, of a seed on two cores
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments that answer one question; seed by seed."""
+
+    question: str
+    experiments: list[Experiment]
+    seeds: int
+    device: str = "cpu"
+
+
+def experiments(prefix: str, flags: str, minutes: dict[str, float], parts=PARTS) -> list[Experiment]:
+    """Those named in minutes."""
+    return [Experiment(f"{prefix}-{name}", f"{flags} {parts[name]}".strip(), expected)
+            for name, expected in minutes.items()]
+
+
+DEEP = f"{IMAGENETTE} --depth 12"
+GROUPS = [
+    Group("does a deep model learn more with its maps refined?",
+          experiments("imagenette-depth12", DEEP, {"plain": 13, "refined": 18}), seeds=3),
+    Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time",
+          experiments("imagenette-depth6", IMAGENETTE, {"plain": 8, "refined": 9, "deeper": 9, "expansion": 9,
+                                                        "convolution": 9, "every-block": 11, "linear": 11},
+                      PARTS | {"deeper": "--no-refine --depth 8"}), seeds=3),
+    Group("which part does it, at depth 12; sharing: maps shared in pairs, not refined",
+          experiments("imagenette-depth12", DEEP, {"deeper": 18, "expansion": 17, "convolution": 17, "every-block": 22,
+                                                   "sharing": 12},
+                      PARTS | {"deeper": "--no-refine --depth 17", "sharing": "--unrefined"}), seeds=3),
+    Group("which part does it where a token's label depends on its neighbours",
+          experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
+                      PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),
+    Group("what token labels add: a token head that learns the picture's label, then label maps, then MixToken",
+          experiments("imagenette-tokens", IMAGENETTE, {"picture": 9, "maps": 9, "mixtoken": 9},
+                      {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
+                       "mixtoken": f"--relabel {LABELS} --mix-token"}), seeds=3),
+    Group("with fewer or more heads?",
+          [experiment for heads in (2, 8) for experiment in
+           experiments(f"imagenette-depth12-heads{heads}", f"{DEEP} --heads {heads}", {"plain": 14, "refined": 19})],
+          seeds=1),
+    Group("deeper still, at a smaller width?",
+          experiments("imagenette-depth24", f"{IMAGENETTE} --depth 24 --dim 128", {"plain": 20, "refined": 30}),
+          seeds=1),
+    Group("the parts at 128 px, on a GPU",
+          experiments("imagenette-128px", IMAGENETTE, dict.fromkeys(PARTS, 10)), seeds=3, device="cuda"),
+]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of an experiment."""
+
+    experiment: Experiment
+    seed: int
+    device: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}-seed{self.seed}"
+
+    @property
+    def out(self) -> Path:
+        return RUNS / self.name
+
+    @property
+    def record(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    def arguments(self) -> list[str]:
+        """Of refiner_min.train: to begin, or to go on."""
+        if (self.out / "last.pt").exists() or (self.out / "last.backup.pt").exists():
+            return ["--resume", str(self.out), "--device", self.device]
+        return [*self.experiment.flags.split(), "--device", self.device, "--seed", str(self.seed),
+                "--out", str(self.out)]
+
+
+def plan() -> list[Planned]:
+    """All runs, in the order of importance."""
+    return [Planned(experiment, seed, group.device)
+            for group in GROUPS for seed in range(group.seeds) for experiment in group.experiments]
+
+
+def choose(only: list[str] | None) -> list[Planned]:
+    """The runs of these experiments, or these runs, recorded or not; if none is named, those that are not recorded.
+    UserError: a name of none."""
+    runs = plan()
+    if not only:
+        return [run for run in runs if not run.record.exists()]
+    known = {name for run in runs for name in (run.name, run.experiment.name)}
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name} is no experiment: --list names them")
+    return [run for run in runs if run.name in only or run.experiment.name in only]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_all(runs: list[Planned]) -> int:
+    """Run and record one after the other. Returns 0, or the exit status of the one that was stopped."""
+    for run in runs:
+        if run.device == "cuda" and not torch.cuda.is_available():
+            print(f"{run.name}: not run, it wants a GPU")
+            continue
+        print(f"\n{run.name}", flush=True)
+        if "--relabel" in run.experiment.flags and not labels_are_made():
+            annotate.main(ANNOTATE.split())
+        if status := train_to_the_end(run):
+            return status
+        record(run)
+    return 0
+
+
+def labels_are_made() -> bool:
+    if not (LABELS / PackedLabels.FACTS).exists():
+        return False
+    facts, names = PackedLabels.describe(LABELS)
+    return facts["done"] == len(names)
+
+
+def train_to_the_end(run: Planned) -> int:
+    """Begin the run or go on with it. Returns train's exit status."""
+    config = run.out / "config.json"
+    if config.exists() and "result" in json.loads(config.read_text()):
+        return 0
+    arguments = run.arguments()
+    if arguments[0] != "--resume":
+        shutil.rmtree(run.out, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    return train.main(arguments)
+
+
+def record(run: Planned):
+    """Measure the run's model and write its record; where there is one already, say how far this run is from it."""
+    facts = json.loads((run.out / "config.json").read_text())
+    accuracy = facts["result"]["accuracy"]
+    if run.record.exists():
+        before = json.loads(run.record.read_text())["result"]["accuracy"]
+        print(f"{run.name}: accuracy {accuracy:.2%}, recorded {before:.2%}: {100 * (accuracy - before):+.2f} points; "
+              f"the record stays as it is")
+        return
+    found = facts | {"experiment": run.experiment.name, "measures": measure(run)}
+    shutil.copyfile(run.out / "metrics.csv", run.record.with_suffix(".csv"))
+    write_json(run.record, found)
+    print(f"{run.name}: accuracy {accuracy:.2%}, recorded in {run.record}", flush=True)
+
+
+def measure(run: Planned) -> dict:
+    """measures.measure of what the run evaluated last, over its validation pictures."""
+    state, device = load(run.out / "last.pt"), hardware.choose_device(run.device)
+    recipe = recipes.Recipe(**state["recipe"])
+    subset = data.load_subset(state["subset"], state["data"], recipe.img_size, only_val=True, hold_out=recipe.hold_out,
+                              grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop)
+    net = recipes.build_model(recipe, len(subset.classes), subset.channels)
+    load_weights(net, weights_of(state)[0])
+    return measures.measure(net, subset.val, device)
+
+
+def stop_after(minutes: float) -> threading.Timer:
+    """Send this process SIGTERM by then: training saves and stops, as it does for a scheduler."""
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def on_sigterm(number, frame):
+    """Outside of training."""
+    sys.exit(128 + number)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def listing() -> str:
+    """Every experiment: seeds that are recorded and missing, the minutes that those are expected to take."""
+    lines = []
+    for group in GROUPS:
+        lines.append(f"\n{group.question} ({group.device})")
+        for experiment in group.experiments:
+            runs = [Planned(experiment, seed, group.device) for seed in range(group.seeds)]
+            done, missing = ([str(run.seed) for run in runs if run.record.exists() is there] for there in (True, False))
+            minutes = f", about {len(missing) * experiment.minutes:.0f} minutes" if missing else ""
+            lines.append(f"  {experiment.name}: {experiment.flags}")
+            lines.append(f"    seeds done: {' '.join(done) or 'none'}; missing: {' '.join(missing) or 'none'}{minutes}")
+    return "\n".join(lines).strip()
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m refiner_min.study", description="Run the experiments that are "
+                                     "not recorded yet, the most important first.")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after so many; the next start goes on")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, or these runs (NAME-seedK), "
+                        "and say how far they are from what is recorded of them")
+    args = parser.parse_args(arguments)
+    if args.minutes is not None and args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g} must be above 0")
+    return args
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    if args.list:
+        print(listing())
+        return 0
+    if not RESULTS.is_dir():
+        raise UserError(f"there is no folder {RESULTS} here: run it in the project's folder")
+    runs, before = choose(args.only), signal.signal(signal.SIGTERM, on_sigterm)
+    timer = stop_after(args.minutes) if args.minutes else None
+    try:
+        return run_all(runs)
+    finally:
+        if timer is not None:
+            timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    if hasattr(os, "nice"):
+        os.nice(10)
+    run_command(main)
