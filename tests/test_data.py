@@ -32,6 +32,36 @@ def test_digits():
         data.load_subset("digits", "here", 32)
 
 
+def test_what_is_held_out_is_a_part_of_each_class_and_is_not_trained_on(pictures):
+    labels = torch.tensor([0] * 20 + [1] * 5 + [2] * 40)
+    held = data.held_out(labels, 0.1)
+    assert labels[held].bincount().tolist() == [2, 1, 4]
+    assert held.nonzero()[:, 0].tolist() == [5, 15, 22, 30, 40, 50, 60]  # spread evenly, the middle of each tenth
+    with pytest.raises(UserError, match="--hold-out 0.5 needs two training pictures of each class: class 1 has one"):
+        data.held_out(torch.tensor([0, 0, 1]), 0.5)
+    whole = data.load_subset("folder", str(pictures), 16).train
+    for storage in ("memory", "stream"):
+        subset = data.load_subset("folder", str(pictures), 16, hold_out=0.25, storage=storage)
+        assert (len(subset.train), len(subset.val)) == (18, 6) and subset.train.cropped == (storage == "stream")
+        if storage == "memory":
+            assert sorted(subset.train.names + subset.val.names) == whole.names
+            kept = [whole.names.index(name) for name in subset.train.names]
+            assert torch.equal(subset.train.pictures, whole.pictures[kept])
+        else:
+            assert not set(subset.train.samples) & set(subset.val.samples)
+        val = data.load_subset("folder", str(pictures), 16, hold_out=0.25, storage=storage, only_val=True)
+        assert val.train is None and len(val.val) == 6
+    digits, scenes = (data.load_subset(name, None, 32, hold_out=0.1) for name in ("digits", "digit-scenes"))
+    assert (len(digits.train), len(digits.val)) == (1299, 143)  # of the 1,442
+    assert (len(scenes.train.labels), len(scenes.val.labels)) == (1299, 143)
+
+
+def test_what_is_held_out_needs_no_validation_pictures(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "val").rename(tmp_path / "elsewhere")
+    assert len(data.load_subset("folder", str(root), 16, hold_out=0.5).val) == 9
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda root: (root / "val").rename(root / "test"), "has no folder val/"),
     (lambda root: (root / "val" / CLASSES[0]).rename(root / "val" / "other"), "only one of them has n01440764, other"),

@@ -193,7 +193,7 @@ def test_linear_form_leaves_stages_out(overrides, stages):
 FORMS = {
     "published": {}, "every block": dict(share=False), "plain": dict(refine=False, depth=3),
     "linear": dict(share=False, linear=True), "no expansion": dict(expand=1), "no convolution": dict(kernel_size=1),
-    "not dense": dict(dense=False),
+    "not dense": dict(dense=False), "shared, not refined": dict(unrefined=True),
 }
 
 
@@ -216,7 +216,7 @@ def test_shapes_and_maps(overrides):
     assert len(maps) == model.config.depth
     expanded_heads = 3 * model.config.expand
     for index, block in enumerate(maps):
-        refined = model.config.refine and (not model.config.share or index % 2 == 1)
+        refined = model.config.refine and not model.config.unrefined and (not model.config.share or index % 2 == 1)
         assert block.raw.shape == (2, 3, 17, 17) and not block.raw.requires_grad
         assert (block.refined is not None) == refined
         assert (block.expanded is not None) == (refined and model.config.expand > 1)
@@ -317,6 +317,21 @@ def test_maps_of_own_blocks_add_up():
     maps = model.attention_maps(torch.randn(1, 3, 32, 32))
     for index, expected in ((0, 1.0), (2, 1 + 1 / math.sqrt(8))):
         torch.testing.assert_close(maps[index].raw.sum(dim=3), torch.full((1, 3, 17), expected))
+
+
+def test_unrefined_pairs_share_the_map_as_it_is():
+    """They are the published form without its refinement: the same maps and values, the map not refined."""
+    torch.manual_seed(0)
+    model = RefinerViT(RefinerConfig(**TINY, unrefined=True)).eval()
+    refined = RefinerViT(RefinerConfig(**TINY)).eval()
+    refined.load_state_dict(model.state_dict(), strict=False)
+    for block in refined.blocks:
+        block.attention.refinement = None
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(images), refined(images))
+    maps = model.attention_maps(images)
+    assert torch.equal(maps[0].raw, maps[1].raw) and torch.equal(maps[2].raw, maps[3].raw)
+    assert not torch.equal(maps[1].raw, maps[2].raw)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_min import data, recipes, train
+from refiner_min import UserError, data, recipes, train
 from refiner_min.recipes import Recipe, choose_recipe
 
 CPU = torch.device("cpu")
@@ -100,9 +100,19 @@ def test_a_given_learning_rate_is_not_scaled():
     assert choose_recipe("digits", CPU, {"batch_size": 96, "lr": 0.5}).lr == 0.5
 
 
+def test_sizes_that_are_not_given_are_the_models():
+    for given, expected in (({}, (192, 6, 4)), ({"depth": 4, "dim": 96, "heads": 2}, (96, 4, 2)),
+                            ({"model": "s", "depth": 2}, (384, 2, 12))):
+        config = recipes.build_model(choose_recipe("imagenette", CPU, given), 10).config
+        assert (config.dim, config.depth, config.heads) == expected
+    with pytest.raises(UserError, match="heads=5 must divide dim=192"):
+        recipes.build_model(choose_recipe("imagenette", CPU, {"heads": 5}), 10)
+
+
 OTHER = {  # another value than any preset's, for every field of a recipe
-    "model": "s", "img_size": 24, "patch_size": 4, "refine": False, "share": False, "expand": 2, "kernel_size": 5,
-    "linear": True, "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
+    "model": "s", "dim": 96, "depth": 4, "heads": 2, "img_size": 24, "patch_size": 4, "refine": False, "share": False,
+    "expand": 2, "kernel_size": 5, "linear": True, "unrefined": True, "hold_out": 0.07,
+    "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
     "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
     "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,
     "crop_min": 0.57, "crop_max": 1.7, "flip": 0.7, "turn": 7.0, "colour": 0.7, "randaugment": 7.5, "erasing": 0.7,

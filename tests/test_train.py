@@ -172,6 +172,16 @@ def test_digit_scenes(capsys):
     assert float(said.group(1)) / 100 == pytest.approx(right, abs=2e-4)
 
 
+def test_a_run_validates_on_what_is_held_out_and_evaluation_on_val(pictures, capsys):
+    words = small(pictures, "--hold-out", "0.25")
+    assert train.main(words) == 0
+    assert "18 pictures to train on; 6 to validate" in capsys.readouterr().out
+    assert train.main(["--eval", "--weights", "runs/folder/best.pt", "--device", "cpu"]) == 0
+    assert "\n12 to validate" in capsys.readouterr().out
+    assert train.main(["--eval", "--weights", "runs/folder/best.pt", "--device", "cpu", "--hold-out", "0.25"]) == 0
+    assert "\n6 to validate" in capsys.readouterr().out
+
+
 def test_evaluation_needs_no_training_set_and_builds_no_optimizer(pictures, monkeypatch, capsys):
     """The validation pictures alone give the accuracy of the run, decoded and streamed, of weights with an average."""
     assert train.main(small(pictures, "--ema", "0.9")) == 0
