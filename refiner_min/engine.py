@@ -234,14 +234,18 @@ class Run:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rest = self.order(epoch)[start * self.local_batch:]
         for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
-            torch.manual_seed(seed_for("step", self.recipe.seed, self.step, self.rank))
-            batch = self.augment(batch)
-            images, labels = self.mix(batch.pictures, self.labels(batch))
-            self.train_step(erase(images, self.recipe.erasing) if self.recipe.erasing else images, labels)
+            self.train_batch(batch)
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
                 return
+
+    def train_batch(self, batch: Batch):
+        """One step on a batch of the training split."""
+        torch.manual_seed(seed_for("step", self.recipe.seed, self.step, self.rank))
+        batch = self.augment(batch)
+        images, labels = self.mix(batch.pictures, self.labels(batch))
+        self.train_step(erase(images, self.recipe.erasing) if self.recipe.erasing else images, labels)
 
     def labels(self, batch: Batch) -> Labels:
         """What an augmented batch learns from: the data set's labels, or its label maps' under the images' boxes."""

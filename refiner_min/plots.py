@@ -180,6 +180,32 @@ def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Fi
     return figure
 
 
+def maps_and_tokens(models: dict[str, dict]) -> Figure:
+    """What models are like, beside each other: measures.measure's lists as tensors, {model: {measure: tensor}}."""
+    panels = {"head_similarity": "cosine of two heads' maps", "head_similarity_centred": "... without their even part",
+              "entropy": "entropy of attention", "distance": "distance of attention (patches)",
+              "token_similarity": "cosine of two tokens"}
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    grid = figure.subplots(2, 4).flatten()
+    for axes, (measure, title) in zip(grid, panels.items()):
+        after = measure == "token_similarity"  # the first one: the embedding's
+        for (name, found), colour in zip(models.items(), SERIES):
+            x = [index + (not after) for index in range(len(found[measure]))]
+            axes.plot(x, found[measure].numpy(), color=colour, marker=".", label=name)
+        axes.set(xlabel="after block" if after else "block", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].legend(frameon=False)
+    for axes, (name, found) in zip(grid[len(panels):], models.items()):
+        shown = axes.imshow(found["cka"].numpy(), vmin=0, vmax=1, origin="lower")
+        axes.set(title=f"CKA of layers, {name}", xlabel="tokens after block", ylabel="tokens after block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(shown, ax=grid[-1], shrink=0.8)
+    for axes in grid[len(panels) + len(models):]:
+        axes.axis("off")
+    return figure
+
+
 def sampling(picture, box, cells: int, tokens: int) -> Figure:
     """Where RoIAlign reads a map of cells x cells over its picture (S, S), for the tokens x tokens squares of a box
     (x1, y1, x2, y2 as fractions): as many points a square as it is cells wide and high, rounded up."""

@@ -3,24 +3,32 @@
 What the refinement gains, with seeds: each experiment is some flags of refiner_min.train. They are run in the order of
 importance in which they stand here, one at a time, and recorded in notebooks/results/ as they end: NAME-seedK.json (the
 run's config.json with the experiment's name and the measures of its model) and NAME-seedK.csv (its metrics.csv).
-It imports train and annotate, whose commands it runs; measures, and data, recipes, checkpoint and hardware for them.
+It imports train and annotate, whose commands it runs; measures, and data, recipes, checkpoint and hardware for them;
+report, which makes tables of the records; and records, for what a measurement of speed says of where it was made.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
 import signal
+import statistics
 import sys
+import tempfile
 import threading
+import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from refiner_min import UserError, annotate, data, hardware, measures, recipes, run_command, train, write_json
+from refiner_min import UserError, annotate, data, hardware, measures, recipes, report, run_command, train, write_json
 from refiner_min.checkpoint import load, load_weights, weights_of
 from refiner_min.label_store import PackedLabels
+from refiner_min.records import facts
 
 RUNS = Path("runs/study")
 RESULTS = Path("notebooks/results")
@@ -160,8 +168,8 @@ def run_all(runs: list[Planned]) -> int:
 def labels_are_made() -> bool:
     if not (LABELS / PackedLabels.FACTS).exists():
         return False
-    facts, names = PackedLabels.describe(LABELS)
-    return facts["done"] == len(names)
+    written, names = PackedLabels.describe(LABELS)
+    return written["done"] == len(names)
 
 
 def train_to_the_end(run: Planned) -> int:
@@ -177,14 +185,14 @@ def train_to_the_end(run: Planned) -> int:
 
 def record(run: Planned):
     """Measure the run's model and write its record; where there is one already, say how far this run is from it."""
-    facts = json.loads((run.out / "config.json").read_text())
-    accuracy = facts["result"]["accuracy"]
+    made = json.loads((run.out / "config.json").read_text())
+    accuracy = made["result"]["accuracy"]
     if run.record.exists():
         before = json.loads(run.record.read_text())["result"]["accuracy"]
         print(f"{run.name}: accuracy {accuracy:.2%}, recorded {before:.2%}: {100 * (accuracy - before):+.2f} points; "
               f"the record stays as it is")
         return
-    found = facts | {"experiment": run.experiment.name, "measures": measure(run)}
+    found = made | {"experiment": run.experiment.name, "measures": measure(run)}
     shutil.copyfile(run.out / "metrics.csv", run.record.with_suffix(".csv"))
     write_json(run.record, found)
     print(f"{run.name}: accuracy {accuracy:.2%}, recorded in {run.record}", flush=True)
@@ -199,6 +207,40 @@ def measure(run: Planned) -> dict:
     net = recipes.build_model(recipe, len(subset.classes), subset.channels)
     load_weights(net, weights_of(state)[0])
     return measures.measure(net, subset.val, device)
+
+
+def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
+    """Images a second in training of every experiment whose device is here: the median over rounds, in each of which
+    every one has its turn of some steps. Meant for a machine on which nothing else runs."""
+    here = {group.device for group in GROUPS if group.device == "cpu" or torch.cuda.is_available()}
+    wanted = [(experiment, group.device) for group in GROUPS if group.device in here for experiment in group.experiments
+              if "--relabel" not in experiment.flags or labels_are_made()]
+    with tempfile.TemporaryDirectory() as folder:
+        runs, seconds = {}, {experiment.name: [] for experiment, _ in wanted}
+        for experiment, device in wanted:
+            words = [*experiment.flags.split(), "--device", device, "--out", f"{folder}/{experiment.name}"]
+            with redirect_stdout(io.StringIO()):
+                runs[experiment.name] = train.new_run(*train.parse(words), hardware.choose_device(device), words)
+        for _ in tqdm(range(rounds + 1), "measuring", disable=None):
+            for name, run in runs.items():
+                seconds[name].append(seconds_of(run, steps))
+    speed = {name: runs[name].recipe.batch_size * steps / statistics.median(found[1:])  # the first one warms up
+             for name, found in seconds.items()}
+    where = facts(next(iter(runs.values())), [])
+    return {"command": "python -m refiner_min.study --speed",
+            **{name: where[name] for name in ("hardware", "settings", "versions", "commit")},
+            "images_per_second": {name: round(value, 1) for name, value in speed.items()}}
+
+
+def seconds_of(run, steps: int) -> float:
+    """Of so many steps of training, from the reading of the batch to the average of the weights."""
+    run.wrapped.train()
+    indices = run.order(0)[: steps * run.local_batch]
+    started = time.perf_counter()
+    for batch in run.subset.train.epoch(indices, run.local_batch):
+        run.train_batch(batch)
+    run.loss.mean()  # waits for the device
+    return time.perf_counter() - started
 
 
 def stop_after(minutes: float) -> threading.Timer:
@@ -239,6 +281,10 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after so many; the next start goes on")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, or these runs (NAME-seedK), "
                         "and say how far they are from what is recorded of them")
+    parser.add_argument("--report", action="store_true", help=f"write {RESULTS}/study.md and its pictures from what is "
+                        "recorded, and stop")
+    parser.add_argument("--speed", action="store_true", help=f"measure the images a second of every experiment, with "
+                        f"nothing beside it: {RESULTS}/{report.SPEED}, and stop")
     args = parser.parse_args(arguments)
     if args.minutes is not None and args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes:g} must be above 0")
@@ -252,6 +298,14 @@ def main(arguments=None) -> int:
         return 0
     if not RESULTS.is_dir():
         raise UserError(f"there is no folder {RESULTS} here: run it in the project's folder")
+    if args.speed:
+        write_json(RESULTS / report.SPEED, measure_speed())
+        print(f"written: {RESULTS / report.SPEED}")
+        return 0
+    if args.report:
+        report.write(RESULTS)
+        print(f"written: {RESULTS}/study.md and its pictures")
+        return 0
     runs, before = choose(args.only), signal.signal(signal.SIGTERM, on_sigterm)
     timer = stop_after(args.minutes) if args.minutes else None
     try:

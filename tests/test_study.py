@@ -155,3 +155,25 @@ def test_the_records_are_those_of_the_list():
                     with open(path.with_suffix(".csv")) as file:
                         last = list(csv.DictReader(file))[-1]
                     assert float(last["val_accuracy"]) == facts["result"]["accuracy"]
+
+
+def test_the_speed_of_every_experiment_is_measured_in_turn(toys, monkeypatch):
+    turns = []
+    timed = study.seconds_of
+    monkeypatch.setattr(study.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(study, "seconds_of", lambda run, steps: turns.append(run.out.name) or timed(run, steps))
+    monkeypatch.setattr(study.measure_speed, "__defaults__", (2, 3))
+    assert study.main(["--speed"]) == 0
+    assert turns == ["plain", "refined", "linear"] * 4
+    speed = json.loads((toys / "study-speed.json").read_text())
+    assert speed["images_per_second"].keys() == {"plain", "refined", "linear"}
+    assert all(value > 0 for value in speed["images_per_second"].values())
+    assert speed["hardware"] and speed["commit"] and not study.RUNS.exists()
+
+
+def test_the_time_of_steps_is_that_of_training(toys, monkeypatch):
+    """Two steps of ten pictures in one second are 20 images a second."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(study.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(study, "GROUPS", study.GROUPS[1:2])
+    assert study.measure_speed(steps=2, rounds=3)["images_per_second"] == {"linear": 20.0}

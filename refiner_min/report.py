@@ -1,0 +1,239 @@
+"""The recorded experiments as tables and pictures: notebooks/results/study.md and study-*.png, from the records alone.
+
+    text(load(folder)) -> study.md      a test holds the file to it
+    write(folder)                       the file and its pictures; python -m refiner_min.study --report
+It imports plots.
+"""
+
+import csv
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from refiner_min import plots, replacing
+
+SPEED = "study-speed.json"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Experiments of one recipe side by side, {label: experiment}; each is compared with those in against."""
+
+    name: str  # of its picture
+    title: str
+    rows: dict[str, str]
+    against: tuple[str, ...] = ("plain",)
+
+
+def rows(prefix: str, labels: str) -> dict[str, str]:
+    return {label: f"{prefix}-{label}" for label in labels.split()}
+
+
+PARTS = "plain deeper refined expansion convolution every-block linear"
+TABLES = [
+    Table("depth12", "Imagenette, 64 px, depth 12",
+          rows("imagenette-depth12", "plain deeper refined expansion convolution every-block sharing"),
+          ("plain", "deeper")),
+    Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
+    Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
+    Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",
+          {"refined": "imagenette-depth6-refined"} | rows("imagenette-tokens", "picture maps mixtoken"), ("refined",)),
+    Table("heads2", "Two heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads2", "plain refined")),
+    Table("heads8", "Eight heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads8", "plain refined")),
+    Table("depth24", "Imagenette, 64 px, depth 24, dim 128", rows("imagenette-depth24", "plain refined")),
+    Table("128px", "Imagenette, 128 px, on a GPU",
+          rows("imagenette-128px", "plain refined expansion convolution every-block linear")),
+]
+MEASURES = {  # heading: what stands there
+    "heads alike": lambda measured: mean(measured["head_similarity"]),
+    "without even part": lambda measured: mean(measured["head_similarity_centred"]),
+    "tokens alike": lambda measured: measured["token_similarity"][-1],
+    "entropy": lambda measured: mean(measured["entropy"]),
+    "distance": lambda measured: mean(measured["distance"]),
+    "same map": lambda measured: mean(measured.get("same", [])),
+    "branch's share": lambda measured: mean(measured.get("branch_share", [])),
+    "branch off": lambda measured: measured["accuracy_without_branch"],
+    "copies": lambda measured: measured["accuracy_with_copies"],
+}
+INTRODUCTION = """# What the refinement gains
+
+Written by `python -m refiner_min.study --report` from the records in this folder; a test holds it to them. Each row is
+an experiment of [study.py](../../refiner_min/study.py) with its flags; the rows of a table have the same recipe, epochs
+and seeds, and were run at the same commit. Accuracy is that of the weights' moving average after the last epoch: mean
+and standard deviation over seeds. A difference is in points, paired by seed, with its standard error; **bold** where it
+is larger than two of them. With three seeds that is a hint, no more. Images a second and minutes of training (without
+validation) are of a short measurement with nothing beside it ({speed}); without one they are left out: the runs
+themselves shared their two cores.
+
+The second table of each is of the same models over validation pictures, means over their blocks
+([measures.py](../../refiner_min/measures.py) defines each): how alike the heads' maps are, and without their even part;
+how alike tokens are after the last block; entropy (1: even) and distance (patches) of attention; of the blocks that
+refine, the correlation of the refined map with the one that came in, and the branch's share of the variance at the
+skip; accuracy with the branch switched off after training, and with every refined map but a scaled copy of the one that
+came in.
+"""
+
+
+def mean(values: list) -> float | None:
+    """Of those that are there."""
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def load(folder: Path) -> dict[str, dict[int, dict]]:
+    """The records of experiments, {experiment: {seed: record}}, each with its curve, the accuracies by epoch."""
+    found = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        record = json.loads(path.read_text())
+        if "experiment" in record:
+            with open(path.with_suffix(".csv")) as file:
+                record["curve"] = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
+            found.setdefault(record["experiment"], {})[record["recipe"]["seed"]] = record
+    return found
+
+
+def load_speed(folder: Path) -> dict:
+    path = folder / SPEED
+    return json.loads(path.read_text()) if path.exists() else {"images_per_second": {}}
+
+
+def difference(one: dict[int, dict], other: dict[int, dict]) -> tuple[float, float | None] | None:
+    """The mean difference of two experiments in points over the seeds that both have, and its standard error, None of
+    one seed; None where no seed is in both."""
+    found = [100 * (one[seed]["result"]["accuracy"] - other[seed]["result"]["accuracy"])
+             for seed in one if seed in other]
+    if not found:
+        return None
+    return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The text
+
+
+def text(records: dict, speed: dict) -> str:
+    """study.md."""
+    hardware = f"{speed['hardware']}, commit {speed['commit'][:7]}" if "hardware" in speed else "not made yet"
+    parts = [INTRODUCTION.format(speed=hardware)]
+    for table in TABLES:
+        there = {label: records[name] for label, name in table.rows.items() if name in records}
+        if there:
+            parts.append(section(table, there, speed["images_per_second"]))
+    return "\n".join(parts)
+
+
+def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str:
+    """A table, its measures, its picture and its runs. there: {label: {seed: record}}."""
+    tokens = any("token_accuracy" in record["result"] for runs in there.values() for record in runs.values())
+    against = [label for label in table.against if label in there]
+    heads = ["model", "seeds", "parameters", "accuracy", *(["of tokens"] if tokens else []),
+             *(f"to {label}" for label in against), "img/s", "minutes"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for label, runs in there.items():
+        first, images = next(iter(runs.values())), speed.get(table.rows[label])
+        lines.append(row([
+            label, len(runs), f"{first['parameters']:,}", spread([run["result"]["accuracy"] for run in runs.values()]),
+            *([spread([run["result"]["token_accuracy"] for run in runs.values() if "token_accuracy" in run["result"]])]
+              if tokens else []),
+            *(said(difference(runs, there[other])) if other != label else "-" for other in against),
+            f"{images:.0f}" if images else "-", f"{minutes(first, images):.1f}" if images else "-"]))
+    measured = {label: [run["measures"] for run in runs.values()] for label, runs in there.items()}
+    lines += ["", row(["model", *MEASURES]), row(["---"] * (1 + len(MEASURES)))]
+    for label, found in measured.items():
+        lines.append(row([label, *(number(name, mean([of(one) for one in found])) for name, of in MEASURES.items())]))
+    commits = sorted({run["commit"][:7] for runs in there.values() for run in runs.values()})
+    runs = [f"`{table.rows[label]}`: `{without_seed(next(iter(runs.values()))['command'])}`, seeds "
+            + ", ".join(f"[{seed}]({table.rows[label]}-seed{seed}.json)" for seed in sorted(runs))
+            for label, runs in there.items()]
+    lines += ["", f"![](study-{table.name}.png)"]
+    lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
+    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}:", ""]
+    return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
+
+
+def row(cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def spread(values: list[float]) -> str:
+    """In percent: the mean, and the standard deviation if there are several."""
+    if not values:
+        return "-"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation} %"
+
+
+def said(found: tuple[float, float | None] | None) -> str:
+    """A difference with its standard error."""
+    if found is None:
+        return "-"
+    value, error = found
+    if error is None:
+        return f"{value:+.1f}"
+    written = f"{value:+.1f} ± {error:.1f}"
+    return f"**{written}**" if abs(value) > 2 * error else written
+
+
+def number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}".replace("%", " %") if name in ("branch off", "copies") else f"{value:.3f}"
+
+
+def minutes(record: dict, images_per_second: float) -> float:
+    """Of training all of the run's epochs."""
+    recipe = record["recipe"]
+    pictures = record["pictures"]["train"] // recipe["batch_size"] * recipe["batch_size"] * recipe["epochs"]
+    return pictures / images_per_second / 60
+
+
+def without_seed(command: str) -> str:
+    """A recorded command without what is of one seed."""
+    return command.split(" --seed ")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+def pictures(records: dict) -> dict:
+    """The figures by their file names: of each table the curves, and what plain and refined models are like."""
+    figures = {}
+    for table in TABLES:
+        there = {label: records[name] for label, name in table.rows.items() if name in records}
+        if there:
+            curves = {label: by_epoch([run["curve"] for run in runs.values()]) for label, runs in there.items()}
+            figures[f"study-{table.name}.png"] = plots.lines(
+                {label: (range(1, len(curve) + 1), curve) for label, curve in curves.items()}, "epoch",
+                "validation accuracy (%), mean over seeds")
+        if {"plain", "refined"} <= there.keys():
+            figures[f"study-{table.name}-why.png"] = plots.maps_and_tokens(
+                {label: measured(there[label]) for label in ("plain", "refined")})
+    return figures
+
+
+def by_epoch(curves: list[list[float]]) -> list[float]:
+    return [100 * statistics.mean(values) for values in zip(*curves)]
+
+
+def measured(runs: dict[int, dict]) -> dict:
+    """The measures that are lists, means over the seeds."""
+    found = [run["measures"] for run in runs.values()]
+    names = ("head_similarity", "head_similarity_centred", "token_similarity", "entropy", "distance", "cka")
+    return {name: torch.tensor([one[name] for one in found]).mean(dim=0) for name in names}
+
+
+def write(folder: Path):
+    """study.md and its pictures into the folder of the records."""
+    records = load(folder)
+    with replacing(folder / "study.md") as file:
+        file.write(text(records, load_speed(folder)).encode())
+    for name, figure in pictures(records).items():
+        plots.save_figure(figure, folder / name)

@@ -1,0 +1,86 @@
+"""report.py: the statistics against their formulas, and the written page against the records."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from refiner_min import report, study
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "notebooks" / "results"
+
+
+def record(accuracy: float, seed: int = 0, **result) -> dict:
+    measured = {"head_similarity": [0.5, 0.7], "head_similarity_centred": [0.1, 0.2],
+                "token_similarity": [0.1, 0.2, 0.3],
+                "entropy": [0.9, 0.8], "distance": [4.0, 3.0], "cka": [[1.0, 0.5, 0.5]] * 3, "same": [None, 0.25],
+                "branch_share": [None, 0.75], "accuracy_without_branch": 0.25, "accuracy_with_copies": None}
+    return {"result": {"accuracy": accuracy, **result}, "measures": measured, "parameters": 1234, "commit": "c" * 40,
+            "hardware": "a machine", "command": f"python -m refiner_min.train --depth 12 --seed {seed} --out here",
+            "recipe": {"seed": seed, "batch_size": 10, "epochs": 6}, "pictures": {"train": 1009},
+            "curve": [0.1, accuracy]}
+
+
+def runs(*accuracies: float) -> dict[int, dict]:
+    return {seed: record(accuracy, seed) for seed, accuracy in enumerate(accuracies)}
+
+
+def test_a_difference_is_paired_by_seed_with_its_standard_error():
+    found, error = report.difference(runs(0.62, 0.65, 0.69), runs(0.60, 0.64, 0.66))
+    assert found == pytest.approx(2.0) and error == pytest.approx(statistics.stdev([2, 1, 3]) / 3**0.5)
+    assert report.difference(runs(0.62, 0.65), {1: record(0.6, 1)}) == (pytest.approx(5.0), None)
+    assert report.difference(runs(0.62), {1: record(0.6, 1)}) is None
+    assert report.said((2.0, 0.9)) == "**+2.0 ± 0.9**" and report.said((-2.0, 1.1)) == "-2.0 ± 1.1"
+    assert report.said((-0.5, None)) == "-0.5" and report.said(None) == "-"
+
+
+def test_minutes_are_those_of_all_epochs_at_the_measured_speed():
+    assert report.minutes(record(0.5), 50) == 6 * 1000 / 50 / 60  # the incomplete last batch is left out
+
+
+def test_the_page_holds_what_is_recorded():
+    records = {"imagenette-depth12-plain": runs(0.60, 0.62), "imagenette-depth12-refined": runs(0.70, 0.72),
+               "imagenette-depth12-deeper": runs(0.61)}
+    text = report.text(records, {"hardware": "two cores", "commit": "abcdefgh", "images_per_second": {
+        "imagenette-depth12-plain": 50.0}})
+    assert "nothing beside it (two cores, commit abcdefg)" in text and "## Digit scenes" not in text
+    assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | +0.0 | 50 | 2.0 |" not in text  # against deeper: seed 0 alone
+    assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | -1.0 | 50 | 2.0 |" in text
+    assert "| deeper | 1 | 1,234 | 61.0 % | +1.0 | - | - | - |" in text
+    assert "| refined | 2 | 1,234 | 71.0 ± 1.4 % | **+10.0 ± 0.0** | +9.0 | - | - |" in text
+    assert "| refined | 0.600 | 0.150 | 0.300 | 0.850 | 3.500 | 0.250 | 0.750 | 25.0 % | - |" in text
+    assert "Commit ccccccc; a machine:" in text
+    assert ("- `imagenette-depth12-refined`: `python -m refiner_min.train --depth 12`, seeds "
+            "[0](imagenette-depth12-refined-seed0.json), [1](imagenette-depth12-refined-seed1.json)") in text
+    assert report.pictures(records).keys() == {"study-depth12.png", "study-depth12-why.png"}
+    assert "not made yet" in report.text(records, report.load_speed(Path("nowhere")))
+    tokens = {"scenes-plain": {0: record(0.5, token_accuracy=0.25)}, "scenes-refined": runs(0.5)}
+    text = report.text(tokens, {"images_per_second": {}})
+    assert "| plain | 1 | 1,234 | 50.0 % | 25.0 % | - | - | - |" in text
+    assert "| refined | 1 | 1,234 | 50.0 % | - | +0.0 | - | - |" in text
+
+
+def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
+    known = {experiment.name for group in study.GROUPS for experiment in group.experiments}
+    assert {name for table in report.TABLES for name in table.rows.values()} == known
+    assert all(label in table.rows for table in report.TABLES for label in table.against)
+
+
+def test_the_written_page_is_that_of_the_records():
+    assert (RESULTS / "study.md").read_text() == report.text(report.load(RESULTS), report.load_speed(RESULTS))
+    figures = report.pictures(report.load(RESULTS))
+    assert {path.name for path in RESULTS.glob("study-*.png")} == figures.keys()
+    assert set(re.findall(r"!\[\]\((.+?)\)", (RESULTS / "study.md").read_text())) == figures.keys()
+
+
+def test_the_rows_of_a_table_are_of_one_commit_and_one_recipe():
+    records = report.load(RESULTS)
+    for table in report.TABLES:
+        rows = [run for name in table.rows.values() for run in records.get(name, {}).values()]
+        assert len({run["commit"] for run in rows}) <= 1, table.title
+        assert len({run["hardware"] for run in rows}) <= 1, table.title
+        for field in ("epochs", "batch_size", "lr", "img_size", "subset"):
+            assert len({json.dumps(run["recipe"].get(field, run["subset"])) for run in rows}) <= 1, table.title
