@@ -212,7 +212,7 @@ def pictures(records: dict) -> dict:
             curves = {label: by_epoch([run["curve"] for run in runs.values()]) for label, runs in there.items()}
             figures[f"study-{table.name}.png"] = plots.lines(
                 {label: (range(1, len(curve) + 1), curve) for label, curve in curves.items()}, "epoch",
-                "validation accuracy (%), mean over seeds")
+                "validation accuracy (%)")
         if {"plain", "refined"} <= there.keys():
             figures[f"study-{table.name}-why.png"] = plots.maps_and_tokens(
                 {label: measured(there[label]) for label in ("plain", "refined")})

@@ -235,7 +235,7 @@ def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") ->
     """Run a module's tests, or others, in a copy of the project in which instead has taken the place of there."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
-        left_out = shutil.ignore_patterns(".*", "build", "runs", "labels", "__pycache__", "imagenette*")
+        left_out = shutil.ignore_patterns(".*", "build", "runs", "labels", "__pycache__", "data")
         shutil.copytree(ROOT, project, ignore=left_out)
         if there:
             path = project / "refiner_min" / f"{file}.py"
