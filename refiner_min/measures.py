@@ -2,20 +2,25 @@
 looks, and how much of the refinement is used.
 
     measure(model, split, device, batch_size) -> dict of lists, an entry a block
+    measure_run(folder, device)                  of the model of a run
 
 The questions are the paper's (its figures 1 to 4) and those of arXiv:2103.11886 (DeepViT); the definitions are below.
-It imports model, augment and evaluation.
+It imports model, augment and evaluation; and data, recipes and checkpoint, to open a run.
 """
 
 import math
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from refiner_min.augment import normalise
+from refiner_min.checkpoint import load, load_weights, weights_of
+from refiner_min.data import load_subset
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
+from refiner_min.recipes import Recipe, build_model
 
 PICTURES = 512  # of the split, evenly spread, over which maps and tokens are measured
 
@@ -42,6 +47,17 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
     found = {"pictures": count, "token_similarity": (tokens / count).tolist(), "cka": moments.cka().tolist(),
              **{name: [block.get(name) for block in blocks] for name in blocks[-1] | blocks[0]}}
     return rounded(found | ablations(model, lambda: evaluate(model, split, device, batch_size).accuracy))
+
+
+def measure_run(folder: Path, device: torch.device) -> dict:
+    """measure of the model that the run in a folder evaluated last, over its validation pictures."""
+    state = load(folder / "last.pt")
+    recipe = Recipe(**state["recipe"])
+    subset = load_subset(state["subset"], state["data"], recipe.img_size, only_val=True, hold_out=recipe.hold_out,
+                         grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop)
+    model = build_model(recipe, len(subset.classes), subset.channels)
+    load_weights(model, weights_of(state)[0])
+    return measure(model, subset.val, device)
 
 
 def rounded(value):

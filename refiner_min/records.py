@@ -46,12 +46,17 @@ def facts(run, arguments: list[str]) -> dict:
         "command": command_line(arguments),
         **run.origin(),
         "parameters": run.parameters,
-        "hardware": hardware.describe(run.device),
+        **origin(run.device),
         "settings": run.settings,
-        "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                     "python": platform.python_version()},
-        "commit": package_commit(),
     }
+
+
+def origin(device: torch.device) -> dict:
+    """Where and with what something was measured."""
+    return {"hardware": hardware.describe(device),
+            "versions": {"refiner_min": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+                         "python": platform.python_version()},
+            "commit": package_commit()}
 
 
 def package_commit() -> str | None:

@@ -3,8 +3,8 @@
 What the refinement gains, with seeds: each experiment is some flags of refiner_min.train. They are run in the order of
 importance in which they stand here, one at a time, and recorded in notebooks/results/ as they end: NAME-seedK.json (the
 run's config.json with the experiment's name and the measures of its model) and NAME-seedK.csv (its metrics.csv).
-It imports train and annotate, whose commands it runs; measures, and data, recipes, checkpoint and hardware for them;
-report, which makes tables of the records; and records, for what a measurement of speed says of where it was made.
+It imports train, annotate and neighbour, whose commands it runs; measures; report, which makes tables of the records;
+and label_store, hardware and records.
 """
 
 import argparse
@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from refiner_min import UserError, annotate, data, hardware, measures, recipes, report, run_command, train, write_json
-from refiner_min.checkpoint import load, load_weights, weights_of
+from refiner_min import UserError, annotate, hardware, measures, neighbour, report, run_command, train, write_json
 from refiner_min.label_store import PackedLabels
-from refiner_min.records import facts
+from refiner_min.records import origin
 
 RUNS = Path("runs/study")
 RESULTS = Path("notebooks/results")
@@ -50,6 +49,7 @@ class Experiment:
     name: str
     flags: str  # of refiner_min.train, but for --seed, --device and --out
     minutes: float  # expected, of a seed on two cores
+    command: str = "train"  # or "neighbour", which has its seeds and its record in itself
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ GROUPS = [
     Group("which part does it where a token's label depends on its neighbours",
           experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),
+    Group("the mechanism alone: what one refined block does, and how many plain ones it takes",
+          [Experiment("neighbour", "", 15, command="neighbour")], seeds=1),
     Group("what token labels add: a token head that learns the picture's label, then label maps, then MixToken",
           experiments("imagenette-tokens", IMAGENETTE, {"picture": 9, "maps": 9, "mixtoken": 9},
                       {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
@@ -109,7 +111,7 @@ class Planned:
 
     @property
     def name(self) -> str:
-        return f"{self.experiment.name}-seed{self.seed}"
+        return self.experiment.name + ("" if self.experiment.command == "neighbour" else f"-seed{self.seed}")
 
     @property
     def out(self) -> Path:
@@ -173,7 +175,9 @@ def labels_are_made() -> bool:
 
 
 def train_to_the_end(run: Planned) -> int:
-    """Begin the run or go on with it. Returns train's exit status."""
+    """Begin the run or go on with it. Returns the command's exit status."""
+    if run.experiment.command == "neighbour":
+        return neighbour.main(["--out", str(run.out)])
     config = run.out / "config.json"
     if config.exists() and "result" in json.loads(config.read_text()):
         return 0
@@ -185,6 +189,12 @@ def train_to_the_end(run: Planned) -> int:
 
 def record(run: Planned):
     """Measure the run's model and write its record; where there is one already, say how far this run is from it."""
+    if run.experiment.command == "neighbour":
+        if run.record.exists():
+            print(f"{run.out}/neighbour.csv: the record in {RESULTS} stays as it is")
+        else:
+            shutil.copytree(run.out, RESULTS, dirs_exist_ok=True)
+        return
     made = json.loads((run.out / "config.json").read_text())
     accuracy = made["result"]["accuracy"]
     if run.record.exists():
@@ -192,21 +202,11 @@ def record(run: Planned):
         print(f"{run.name}: accuracy {accuracy:.2%}, recorded {before:.2%}: {100 * (accuracy - before):+.2f} points; "
               f"the record stays as it is")
         return
-    found = made | {"experiment": run.experiment.name, "measures": measure(run)}
+    measured = measures.measure_run(run.out, hardware.choose_device(run.device))
+    found = made | {"experiment": run.experiment.name, "measures": measured}
     shutil.copyfile(run.out / "metrics.csv", run.record.with_suffix(".csv"))
     write_json(run.record, found)
     print(f"{run.name}: accuracy {accuracy:.2%}, recorded in {run.record}", flush=True)
-
-
-def measure(run: Planned) -> dict:
-    """measures.measure of what the run evaluated last, over its validation pictures."""
-    state, device = load(run.out / "last.pt"), hardware.choose_device(run.device)
-    recipe = recipes.Recipe(**state["recipe"])
-    subset = data.load_subset(state["subset"], state["data"], recipe.img_size, only_val=True, hold_out=recipe.hold_out,
-                              grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop)
-    net = recipes.build_model(recipe, len(subset.classes), subset.channels)
-    load_weights(net, weights_of(state)[0])
-    return measures.measure(net, subset.val, device)
 
 
 def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
@@ -214,7 +214,7 @@ def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
     every one has its turn of some steps. Meant for a machine on which nothing else runs."""
     here = {group.device for group in GROUPS if group.device == "cpu" or torch.cuda.is_available()}
     wanted = [(experiment, group.device) for group in GROUPS if group.device in here for experiment in group.experiments
-              if "--relabel" not in experiment.flags or labels_are_made()]
+              if experiment.command == "train" and ("--relabel" not in experiment.flags or labels_are_made())]
     with tempfile.TemporaryDirectory() as folder:
         runs, seconds = {}, {experiment.name: [] for experiment, _ in wanted}
         for experiment, device in wanted:
@@ -226,9 +226,8 @@ def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
                 seconds[name].append(seconds_of(run, steps))
     speed = {name: runs[name].recipe.batch_size * steps / statistics.median(found[1:])  # the first one warms up
              for name, found in seconds.items()}
-    where = facts(next(iter(runs.values())), [])
-    return {"command": "python -m refiner_min.study --speed",
-            **{name: where[name] for name in ("hardware", "settings", "versions", "commit")},
+    device = torch.device("cuda" if "cuda" in here else "cpu")
+    return {"command": "python -m refiner_min.study --speed", **origin(device),
             "images_per_second": {name: round(value, 1) for name, value in speed.items()}}
 
 

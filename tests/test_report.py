@@ -63,14 +63,28 @@ def test_the_page_holds_what_is_recorded():
     assert "| refined | 1 | 1,234 | 50.0 % | - | +0.0 | - | - |" in text
 
 
+def test_the_table_of_the_neighbours():
+    def made(variant, blocks, steps, seed, accuracy, reached=""):
+        return {"task": "right", "variant": variant, "blocks": str(blocks), "steps": str(steps), "seed": str(seed),
+                "accuracy": str(accuracy), "steps_to_99": str(reached)}
+
+    text = report.text({}, {"images_per_second": {}}, [
+        made("plain", 1, 300, 0, 0.06), made("plain", 1, 300, 1, 0.08), made("plain", 2, 3000, 0, 0.99, 500),
+        made("plain", 2, 3000, 1, 0.99, 700), made("plain", 2, 3000, 2, 0.5), made("refined", 1, 300, 0, 1.0),
+        made("refined", 2, 3000, 0, 0.9)])
+    assert "| model | right, 300 steps | steps to 99 %, 2 blocks |" in text
+    assert "| plain | 7.0 ± 1.4 % | 600 (2 of 3) |" in text and "| refined | 100.0 % | - (0 of 1) |" in text
+
+
 def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
-    known = {experiment.name for group in study.GROUPS for experiment in group.experiments}
+    known = {experiment.name for group in study.GROUPS for experiment in group.experiments} - {"neighbour"}
     assert {name for table in report.TABLES for name in table.rows.values()} == known
     assert all(label in table.rows for table in report.TABLES for label in table.against)
 
 
 def test_the_written_page_is_that_of_the_records():
-    assert (RESULTS / "study.md").read_text() == report.text(report.load(RESULTS), report.load_speed(RESULTS))
+    assert (RESULTS / "study.md").read_text() == report.text(
+        report.load(RESULTS), report.load_speed(RESULTS), report.load_neighbours(RESULTS))
     figures = report.pictures(report.load(RESULTS))
     assert {path.name for path in RESULTS.glob("study-*.png")} == figures.keys()
     assert set(re.findall(r"!\[\]\((.+?)\)", (RESULTS / "study.md").read_text())) == figures.keys()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,8 @@ def test_labels_are_made_first_where_a_run_wants_them(toys, monkeypatch):
 def test_the_experiments_are_commands(experiment):
     assert [other.name for other in EXPERIMENTS].count(experiment.name) == 1 and experiment.minutes > 0
     args, given = train.parse([*experiment.flags.split(), "--device", "cpu"])
+    if experiment.command == "neighbour":
+        return
     assert args.subset in ("imagenette", "digit-scenes") and "seed" not in given and args.out is None
 
 
@@ -149,12 +152,26 @@ def test_the_records_are_those_of_the_list():
             for seed in range(group.seeds):
                 run = Planned(experiment, seed, group.device)
                 path = ROOT / run.record
-                if path.exists():
+                if path.exists() and experiment.command == "train":
                     facts = json.loads(path.read_text())
                     assert facts["command"] == f"python -m refiner_min.train {' '.join(run.arguments())}"
                     with open(path.with_suffix(".csv")) as file:
                         last = list(csv.DictReader(file))[-1]
                     assert float(last["val_accuracy"]) == facts["result"]["accuracy"]
+
+
+def test_the_neighbours_are_recorded_too(toys, monkeypatch, capsys):
+    monkeypatch.setattr(study, "GROUPS", [Group("alone", [Experiment("neighbour", "", 1, command="neighbour")], 1)])
+    monkeypatch.setattr(study.neighbour, "RUNS", [("right", "plain", 1, 20)])
+    assert study.main([]) == 0
+    assert names(toys) == ["neighbour.csv", "neighbour.json"]
+    study.main(["--list"])
+    assert "seeds done: 0; missing: none" in capsys.readouterr().out
+    before = (toys / "neighbour.csv").read_text()
+    shutil.rmtree(study.RUNS)
+    assert study.main(["--only", "neighbour"]) == 0
+    assert (toys / "neighbour.csv").read_text() == before
+    assert "neighbour.csv: the record in notebooks/results stays as it is" in capsys.readouterr().out
 
 
 def test_the_speed_of_every_experiment_is_measured_in_turn(toys, monkeypatch):

@@ -1,0 +1,154 @@
+"""A task that plain attention cannot do in one block: name the symbol to the right of one that is shown.
+
+    row:   a class token that shows one of 16 symbols, and the 16 in random order, of 20     answer: its right neighbour
+Attention can look for the symbol that is shown, but that symbol's token does not know its neighbour; only a map that is
+convolved along the row hands the look on by one place. Ours. python -m refiner_min.neighbour records all of RUNS:
+neighbour.csv, a row a run, and neighbour.json, how and where it was made. It imports model, hardware and records.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from refiner_min import hardware, run_command, seed_for, write_json
+from refiner_min.model import Block, RefinerConfig
+from refiner_min.records import origin
+
+SYMBOLS, SIDE = 20, 4  # the row is as long as a grid of SIDE x SIDE is when it is flattened
+LENGTH = SIDE * SIDE
+BATCH, PEAK_LR, SHORT, LONG, LOOK_EVERY, TESTED = 128, 3e-3, 300, 3000, 20, 1000
+VARIANTS = {  # name: fields of RefinerConfig; every block refines its own map
+    "plain": dict(refine=False),
+    "expansion": dict(kernel_size=1),
+    "convolution": dict(expand=1),
+    "linear": dict(linear=True),
+    "refined": {},
+}
+RUNS = [  # task, variant, blocks, steps
+    *(("right", name, 1, SHORT) for name in VARIANTS),
+    *(("below", name, 1, SHORT) for name in VARIANTS),
+    *(("right", name, blocks, LONG) for blocks in (1, 2, 3) for name in VARIANTS),
+]
+SEEDS = 5
+
+
+class NeighbourNet(nn.Module):
+    """Blocks of the package between an embedding and a head: symbols (B, N), the class token's first -> logits (B, K).
+    fields: of RefinerConfig."""
+
+    def __init__(self, blocks: int = 1, **fields):
+        super().__init__()
+        self.config = RefinerConfig(img_size=2 * SIDE, patch_size=2, num_classes=SYMBOLS, dim=64, depth=blocks, heads=4,
+                                    layer_scale=1.0, share=False, dense=False, **fields)
+        self.symbols = nn.Embedding(SYMBOLS, self.config.dim)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 1 + LENGTH, self.config.dim))
+        self.blocks = nn.ModuleList(Block(self.config, index) for index in range(blocks))
+        self.norm = nn.LayerNorm(self.config.dim)
+        self.head = nn.Linear(self.config.dim, SYMBOLS)
+
+    def forward(self, symbols):
+        x, handed = self.symbols(symbols) + self.position, None  # (B, N, C)
+        for block in self.blocks:
+            x, handed = block(x, handed)
+        return self.head(self.norm(x)[:, 0])
+
+
+def draw(count: int, task: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Symbols (count, 1 + 16), first the one that is shown, and answers (count,): the symbol to its "right" in the row,
+    or "below" it on the grid. One that has no such neighbour is never shown, so that chance is 1 in 15, or 1 in 12."""
+    away = {"right": 1, "below": SIDE}[task]
+    row = torch.rand(count, SYMBOLS).argsort(dim=1)[:, :LENGTH]
+    shown = torch.randint(LENGTH - away, (count, 1))
+    return torch.cat([row.gather(1, shown), row], dim=1), row.gather(1, shown + away)[:, 0]
+
+
+@torch.no_grad()
+def accuracy(net: NeighbourNet, task: str, seed: int) -> float:
+    """Over rows that are the same for every net, drawn from another stream than those that are trained on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for("tested neighbours", seed))
+        symbols, answers = draw(TESTED, task)
+    right = (net.eval()(symbols).argmax(dim=1) == answers).float().mean().item()
+    net.train()
+    return right
+
+
+def train(net: NeighbourNet, task: str = "right", seed: int = 0, steps: int = SHORT, until: float = 2.0):
+    """AdamW with one cycle of the learning rate; yields (step, accuracy) every LOOK_EVERY steps, and ends at an
+    accuracy of until."""
+    torch.manual_seed(seed_for("neighbours", seed))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
+    for step in range(1, steps + 1):
+        symbols, answers = draw(BATCH, task)
+        loss = F.cross_entropy(net.train()(symbols), answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if step % LOOK_EVERY == 0:
+            reached = accuracy(net, task, seed=0)
+            yield step, reached
+            if reached >= until:
+                return
+
+
+def make(variant: str, blocks: int = 1, seed: int = 0) -> NeighbourNet:
+    """The net of a variant, from its seed."""
+    torch.manual_seed(seed)
+    return NeighbourNet(blocks, **VARIANTS[variant])
+
+
+def run(task: str, variant: str, blocks: int, steps: int, seed: int) -> dict:
+    """A row of neighbour.csv. The long runs end at 99 %: what is asked is how many steps that takes."""
+    started, curve = time.perf_counter(), list(train(make(variant, blocks, seed), task, seed, steps,
+                                                     until=0.99 if steps == LONG else 2.0))
+    reached = next((step for step, value in curve if value >= 0.99), "")
+    return {"task": task, "variant": variant, "blocks": blocks, "steps": steps, "seed": seed, "accuracy": curve[-1][1],
+            "steps_to_99": reached, "seconds": round(time.perf_counter() - started, 1)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def record(out: Path):
+    """All of RUNS, each with every seed; what stands in neighbour.csv already is not run again."""
+    path, known = out / "neighbour.csv", ("task", "variant", "blocks", "steps", "seed")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    if path.exists():
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+    done = {tuple(row[name] for name in known) for row in rows}
+    with open(path, "a", newline="") as file:
+        for wanted in RUNS:
+            for seed in range(SEEDS):
+                if tuple(map(str, (*wanted, seed))) in done:
+                    continue
+                row = run(*wanted, seed)
+                writer = csv.DictWriter(file, row)
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    write_json(out / "neighbour.json", {"command": "python -m refiner_min.neighbour",
+                                        **origin(hardware.choose_device("cpu"))})
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m refiner_min.neighbour", description="What one refined block does "
+                                     "on the task of neighbours, and how many plain ones it takes.")
+    parser.add_argument("--out", metavar="DIR", default="runs/neighbour", help="default: runs/neighbour")
+    record(Path(parser.parse_args(arguments).out))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
