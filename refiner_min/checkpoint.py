@@ -3,6 +3,7 @@
     save(state, path)                   written aside, then renamed; the file before it stays as its backup
     load(path) -> state                 the backup, with a word about it, where the file is damaged
     load_model(path) -> model, state    a model as training, or the published code, saved it
+    load_pretrained("ti") -> model      the small weights that come with the package; a name goes for a path everywhere
     load_released(model, path)          published weights into a model of one's own
 
 It imports model.py.
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from refiner_min import UserError, replacing
 from refiner_min.model import RefinerConfig, RefinerViT
 
+ASSETS = Path(__file__).parent / "assets"
+PRETRAINED = ("ti", "plain-ti")  # trained on Imagenette, refined and plain: assets/NAME.pt, and a card beside it
 PUBLISHED_NAMES = (  # published part of a parameter's name, ours
     *((f"patch_embed.conv{i + 1}.", f"stem.{i}.0.") for i in range(3)),
     *((f"patch_embed.bn{i + 1}.", f"stem.{i}.1.") for i in range(3)),
@@ -54,9 +57,12 @@ def save(state: dict, path, backup: bool = False):
 
 
 def load(path, map_location="cpu") -> dict:
-    """Read what save wrote, weights_only. Where it is damaged or missing, its backup, with a printed word about it.
-    UserError: neither can be read."""
-    path, backup = Path(path), backup_of(path)
+    """Read what save wrote, weights_only; one of PRETRAINED by its name, where no file is called so. Where it is
+    damaged or missing, its backup, with a printed word about it. UserError: neither can be read."""
+    path = Path(path)
+    if str(path) in PRETRAINED and not path.exists():
+        path = ASSETS / f"{path}.pt"
+    backup = backup_of(path)
     try:
         return _read(path, map_location)
     except (UserError, FileNotFoundError) as error:
@@ -102,6 +108,23 @@ def weights_of(state: dict, wanted: str | None = None, path="the file") -> tuple
     if which not in there:
         raise UserError(f"{path} holds no {which} weights, only {' and '.join(there)}")
     return there[which] if ours else {our_name(name): value for name, value in there[which].items()}, which
+
+
+def load_pretrained(name: str) -> RefinerViT:
+    """The model of one of PRETRAINED, in evaluation mode. UserError: no such name."""
+    if name not in PRETRAINED:
+        raise UserError(f"{name} is none of the weights that come with the package: {', '.join(PRETRAINED)}")
+    return load_model(ASSETS / f"{name}.pt")[0]
+
+
+def pack(source, path):
+    """Write the weights that a run's file is evaluated with, in bf16, and what they were made of. UserError: as load's
+    and save's."""
+    state = load(source)
+    weights, which = weights_of(state, path=source)
+    small = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    origin = ("subset", "data", "recipe_version", "recipe", "config", "classes", "pictures", "relabel", "annotator")
+    save({name: state[name] for name in origin} | {"ema" if which == "ema" else "model": small}, path)
 
 
 def load_model(path, map_location="cpu", wanted: str | None = None) -> tuple[RefinerViT, dict]:

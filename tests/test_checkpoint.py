@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_min import UserError, checkpoint
+from refiner_min import UserError, checkpoint, explain, train
 from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_l, refiner_vit_m, refiner_vit_s
+from tests.runs import SMALL, small
 from tests.test_model import TINY, golden
 
 STATE = {"step": 1, "weights": torch.arange(1000.0)}
@@ -127,6 +129,36 @@ def test_load_model(tmp_path):
     checkpoint.save({"weights": 1}, path)
     with pytest.raises(UserError, match="not written by refiner_min.train, and is no published"):
         checkpoint.load_model(path)
+
+
+def test_small_weights_come_with_the_package_and_go_by_name(pictures, tmp_path, monkeypatch, capsys):
+    """Half as large, equal to bf16's precision, and taken in the place of a path: evaluated, trained on, explained."""
+    assert train.main(small(pictures, "--ema", "0.9", "--out", "run")) == 0
+    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+    checkpoint.pack("run/last.pt", tmp_path / "ti.pt")
+    packed, whole = checkpoint.load("ti"), checkpoint.load("run/last.pt")
+    assert packed["classes"] == whole["classes"] and not {"optimizer", "model", "history"} & packed.keys()
+    floats = [name for name, value in whole["ema"].items() if value.is_floating_point()]
+    assert all(packed["ema"][name].dtype == torch.bfloat16 for name in floats)
+    model = checkpoint.load_pretrained("ti")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole["ema"][name].bfloat16().to(value.dtype)) and not model.training
+    capsys.readouterr()
+    assert train.main(["--eval", "--weights", "ti", "--device", "cpu"]) == 0
+    right = round(whole["history"][-1]["val_accuracy"] * 12)
+    assert f"({right} of 12)" in capsys.readouterr().out
+    for name in ("other", "none"):  # a set of other classes: the heads are new
+        for split in ("train", "val"):
+            shutil.copytree(pictures / split / "n01440764", Path("own") / split / name)
+    words = ["--subset", "folder", "--data", "own", *SMALL, "--epochs", "1", "--out", "mine"]
+    assert train.main([*words, "--weights", "ti"]) == 0
+    assert "weights of ti: their moving average; for other classes, so the heads are new" in capsys.readouterr().out
+    photo = next((pictures / "val").rglob("*.png"))
+    assert explain.main([str(photo), "--weights", "ti", "--out", "out.png"]) == 0
+    with pytest.raises(UserError, match="s is none of the weights that come with the package: ti, plain-ti"):
+        checkpoint.load_pretrained("s")
+    Path("ti").write_bytes(Path("run/last.pt").read_bytes())  # a file of that name goes first
+    assert "optimizer" in checkpoint.load("ti")
 
 
 def test_which_weights_of_a_file():
