@@ -44,6 +44,8 @@ TABLES = [
     Table("heads2", "Two heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads2", "plain refined")),
     Table("heads8", "Eight heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads8", "plain refined")),
     Table("depth24", "Imagenette, 64 px, depth 24, dim 128", rows("imagenette-depth24", "plain refined")),
+    Table("recipe", "Which recipe for many epochs: Imagenette, 64 px, 40 epochs, on a tenth of the training pictures",
+          rows("recipe", "preset cutmix mixing strong fast"), ("preset",)),
     Table("128px", "Imagenette, 128 px, on a GPU",
           rows("imagenette-128px", "plain refined expansion convolution every-block linear")),
 ]
