@@ -1,13 +1,20 @@
 """Several processes: who this one is, waiting for each other, summing up. One process needs none of it, and pays none.
 
-The only file that asks torch.distributed or the launcher's environment (torchrun's). It imports nothing of the package.
+The only file that asks torch.distributed or the launcher's environment (torchrun's). It imports no other room.
 """
 
 import os
+import shlex
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from refiner_min import UserError
+
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting",
+        "Connection refused")  # in what the backends say where a process has ended
 
 
 def _launched(name: str, default: int) -> int:
@@ -29,9 +36,17 @@ def launched() -> bool:
     return _launched("WORLD_SIZE", 1) > 1
 
 
-def launcher() -> str:
-    """What starts this many processes on the command line."""
-    return f"torchrun --nproc-per-node {local_world()}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+def launcher(module: str) -> str:
+    """What starts the module on the command line as it was started, with torchrun's own arguments."""
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return f"python -m {module}"
+    try:  # torchrun is the process above this one; where it cannot be asked, the number of processes is known
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        names = [Path(word).name for word in words]
+        first = names.index("torchrun" if "torchrun" in names else "torch.distributed.run")
+        return f"torchrun {shlex.join(words[first + 1: words.index(module) + 1])}"
+    except (OSError, ValueError):
+        return f"torchrun --nproc-per-node {local_world()} -m {module}"
 
 
 def rank() -> int:
@@ -49,19 +64,35 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def _meeting_place() -> dict:
+    """Where the processes find each other. torchrun keeps one store over its restarts, in which the addresses of those
+    that were killed still stand: on one machine each restart has a part of its own. (Machines count restarts apart, so
+    for several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way.)"""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or _launched("GROUP_WORLD_SIZE", 1) > 1:
+        return {}
+    store, rank, world = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store), "rank": rank,
+            "world_size": world}
+
+
 @contextmanager
 def process_group(device: torch.device):
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    """Join the processes that torchrun started, if it did, and leave them at the end; not after a failure, when the
+    others may wait in a step that this one will never take. UserError: another process is gone."""
     if launched():
-        if device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                **_meeting_place())
     try:
         yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if launched() and any(word in str(error) for word in GONE):
+            reason = str(error).splitlines()[0]
+            raise UserError(f"process {rank()} of {world()} has lost another one ({reason}): that one may have said "
+                            f"why; --resume goes on from the last save") from None
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,12 +1,11 @@
-"""A run: the step, the epoch, the average of the weights, stopping, and what is saved to go on from.
+"""A run: the step, the epoch, the average of the weights, and what is saved to go on from.
 
 The pieces stand in the order in which training uses them. Source of the steps: timm's training script as the published
 code runs it; the code is ours.
-It imports model, data, augment, relabel, recipes, checkpoint, evaluation, records, hardware and distributed.
+It imports model, data, augment, relabel, recipes, checkpoint, evaluation, records, stopping, hardware and distributed.
 """
 
 import math
-import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -26,10 +25,11 @@ from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
+from refiner_min.stopping import SaveClock, StopRequest
 
-LOSS_HINT = ("training stopped and the last good checkpoint was kept: a smaller --lr or a longer --warmup-epochs "
-             "usually helps")
-LOOK_EVERY = 20  # steps between two looks at the loss and, with several processes, at a request to stop
+LOSS_HINT = ("training stopped and the last good checkpoint was kept: a run in another --out with a smaller --lr or a "
+             "longer --warmup-epochs usually helps")
+LOOK_EVERY = 20  # steps between two looks at the loss
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,31 +110,6 @@ class LossWatch:
             raise UserError(f"the loss was not finite at step {int(bad)}; {LOSS_HINT}")
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM end training after the step; the second one ends it at once."""
-
-    def __enter__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        self.__exit__()
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after this step; several processes ask each other now and then, and stop together."""
-        if distributed.world() > 1:
-            if step % LOOK_EVERY:
-                return False
-            self.signal = distributed.largest_over_processes(self.signal or 0) or None
-        return self.signal is not None
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
@@ -167,7 +142,7 @@ class Run:
         self.mix = make_mixing(recipe, len(subset.classes))
         self.criterion = TokenLabelLoss(recipe.dense_weight, recipe.smoothing)
         self.step, self.history, self.loss = 0, [], LossWatch(device)
-        self.seconds = 0.0  # of the epoch under way, spent before an interruption
+        self.seconds, self.since = 0.0, time.perf_counter()  # of the epoch under way until then
 
     @property
     def epoch(self) -> int:
@@ -228,9 +203,10 @@ class Run:
         order = torch.randperm(len(self.subset.train), generator=generator)
         return order[: self.steps_per_epoch * self.recipe.batch_size].view(-1, self.world)[:, self.rank]
 
-    def train_epoch(self, stop: StopRequest, bar: tqdm):
+    def train_epoch(self, stop: StopRequest, bar: tqdm, clock: SaveClock):
         """Train to the end of the epoch, or to the end of the step in which stopping is asked for."""
         self.wrapped.train()
+        self.since = time.perf_counter()
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rest = self.order(epoch)[start * self.local_batch:]
         for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
@@ -239,6 +215,22 @@ class Run:
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
                 return
+            if clock.due(self.step):
+                self.count_up()
+                self.save(clock)
+
+    def count_up(self) -> float:
+        """The mean loss of the epoch so far, and the seconds spent on it; waits for the device. Of several processes
+        the first one holds the sums then. UserError: the loss was not finite."""
+        loss, now = self.loss.mean(), time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        return loss
+
+    def save(self, clock: SaveClock):
+        """What to go on from, as last.pt; the file before it stays as its backup."""
+        if self.rank == 0:
+            checkpoint.save(self.state(), self.out / "last.pt", backup=True)
+        clock.restart()
 
     def train_batch(self, batch: Batch):
         """One step on a batch of the training split."""
@@ -297,31 +289,29 @@ class Run:
 # Training to the end
 
 
-def fit(run: Run, go_on: str) -> int:
-    """Train to the end, saving after every epoch. Returns the exit status: 0, or 128 + the signal that ended it.
-    go_on: the command that resumes the run, to be printed if it is stopped."""
+def fit(run: Run, go_on: str, save_every: float = 20.0) -> int:
+    """Train to the end, saving after every epoch and every so many minutes. Returns the exit status: 0, or 128 + the
+    signal that ended it. go_on: the command that resumes the run, to be printed if it is stopped."""
     total, batch, main = run.recipe.epochs * run.steps_per_epoch, run.recipe.batch_size, run.rank == 0
     bar = tqdm(total=total * batch, initial=run.step * batch, unit="img", unit_scale=True, dynamic_ncols=True,
                disable=None if main else True)  # None: no bar where there is no terminal
     if main:
-        if run.step == 0:  # a run that is killed in its first epoch can be resumed too
-            checkpoint.save(run.state(), run.out / "last.pt")
         tqdm.write("\n".join([records.HEADER, *map(records.table_row, run.history)]))
+    clock = SaveClock(save_every)
     with StopRequest() as stop, bar:
         while run.step < total:
-            epoch, started = run.epoch, time.perf_counter()
-            run.train_epoch(stop, bar)
-            loss = run.loss.mean()  # waits for the device, so that the time is right
-            run.seconds += time.perf_counter() - started
+            epoch = run.epoch
+            run.train_epoch(stop, bar, clock)
+            loss = run.count_up()
             if run.epoch == epoch:  # stopped on the way
-                return stopped(run, stop, go_on)
-            finish_epoch(run, loss)
+                return stopped(run, stop, clock, go_on)
+            finish_epoch(run, loss, clock)
             if run.step < total and stop.agreed(0):
-                return stopped(run, stop, go_on)
+                return stopped(run, stop, clock, go_on)
     return 0
 
 
-def finish_epoch(run: Run, loss: float):
+def finish_epoch(run: Run, loss: float, clock: SaveClock):
     """Evaluate, and save what the epoch came to. UserError, and nothing saved, if the weights are not finite."""
     score = run.evaluate()
     if not math.isfinite(score.loss):
@@ -340,13 +330,13 @@ def finish_epoch(run: Run, loss: float):
         if row["val_accuracy"] >= max(row["val_accuracy"] for row in run.history):
             kind = "model" if run.ema is None else "ema"
             checkpoint.save({**run.origin(), kind: run.best_model.state_dict(), "row": row}, run.out / "best.pt")
-        checkpoint.save(run.state(), run.out / "last.pt", backup=True)
         records.write_history(run.out, run.history, run.title)
+    run.save(clock)
 
 
-def stopped(run: Run, stop: StopRequest, go_on: str) -> int:
+def stopped(run: Run, stop: StopRequest, clock: SaveClock, go_on: str) -> int:
     """Save, say how to go on, and give the exit status of the signal."""
+    run.save(clock)
     if run.rank == 0:
-        checkpoint.save(run.state(), run.out / "last.pt", backup=True)
         print(f"stopped after step {run.step}; to go on: {go_on}")
     return 128 + stop.signal

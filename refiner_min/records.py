@@ -26,7 +26,7 @@ def table_row(row: dict) -> str:
 
 def command_line(arguments: list[str]) -> str:
     """The command with these arguments, as one would type it."""
-    return f"{distributed.launcher()} -m refiner_min.train {shlex.join(arguments)}".strip()
+    return f"{distributed.launcher('refiner_min.train')} {shlex.join(arguments)}".strip()
 
 
 def write_history(out: Path, history: list[dict], title: str):

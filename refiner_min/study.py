@@ -226,7 +226,7 @@ def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
         for experiment, device in wanted:
             words = [*experiment.flags.split(), "--device", device, "--out", f"{folder}/{experiment.name}"]
             with redirect_stdout(io.StringIO()):
-                runs[experiment.name] = train.new_run(*train.parse(words), hardware.choose_device(device), words)
+                runs[experiment.name] = train.new_run(*train.parse(words), hardware.choose_device(device))
         for _ in tqdm(range(rounds + 1), "measuring", disable=None):
             for name, run in runs.items():
                 seconds[name].append(seconds_of(run, steps))

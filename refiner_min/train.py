@@ -8,6 +8,7 @@ Several GPUs or machines: torchrun --nproc-per-node 8 -m refiner_min.train --sub
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from refiner_min.engine import Run, fit, make_stream_augmentation
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe
+from refiner_min.stopping import claim
 
 
 def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
@@ -37,7 +39,10 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="",
-                        help="go on with the run in this folder (default: that of --out)")
+                        help="go on with the run in this folder (default: that of --out); auto: with that of --out, or "
+                        "begin it where there is none, so that one command starts a run and restarts it")
+    parser.add_argument("--save-every", type=float, default=20.0, metavar="MINUTES", help="save on the way, too, not "
+                        "after every epoch only (default: 20)")
     parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
     parser.add_argument("--finetune", action="store_true", help="train --weights on with a small learning rate, at a "
                         "larger --img-size for instance: on ImageNet with token labeling's settings")
@@ -57,6 +62,8 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     for name, low in (("workers", 0), ("eval_batch_size", 1)):
         if known[name] is not None and known[name] < low:
             raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
+    if not known["save_every"] > 0:
+        raise UserError(f"--save-every {known['save_every']:g} must be above 0")
     if known["finetune"] and not known["weights"] and known["resume"] is None:
         raise UserError("--finetune needs --weights PATH, the weights to begin with")
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
@@ -152,16 +159,11 @@ def load_start(net: RefinerViT, state: dict, path, same_classes: bool, wanted: s
         print(f"weights of {path}: {'; '.join(notes)}")
 
 
-def new_run(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> Run:
-    """A run from the preset and the flags, its folder made. UserError: the folder holds a run; nothing is written."""
+def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
+    """A run from the preset and the flags. UserError: its folder holds one already."""
     args.subset, out = args.subset or "digits", folder_of(args)
     recipe = choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune)
-    try:
-        held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be looked into ({error})") from None
-    if held:
-        raise UserError(f"{out} holds a run already ({held[0]}): --resume {out} goes on with it, --out DIR keeps both")
+    refuse_another(out)
     state = checkpoint.load(args.weights) if args.weights else None
     subset = open_subset(args, recipe, device)
     check_fits(recipe, subset, device)
@@ -169,14 +171,25 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device, argumen
     if state is not None:
         same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000
         load_start(net, state, args.weights, same, args.eval_weights)
-    run = Run(recipe, subset, net, device, out, args.compile, local_batch(args.eval_batch_size))
-    if run.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be made ({error})") from None
-        write_json(out / "config.json", records.facts(run, arguments))
-    return run
+    return Run(recipe, subset, net, device, out, args.compile, local_batch(args.eval_batch_size))
+
+
+def begin(run: Run, arguments: list[str]):
+    """Write what a run goes on from if it is killed in its first epoch, and what it is. Its folder is claimed: nobody
+    else can begin one there. UserError: somebody has."""
+    refuse_another(run.out)
+    checkpoint.save(run.state(), run.out / "last.pt")
+    write_json(run.out / "config.json", records.facts(run, arguments))
+
+
+def refuse_another(out: Path):
+    """UserError: the folder holds a run."""
+    try:
+        held = [name for name in ("config.json", "metrics.csv", "last.pt", "best.pt") if (out / name).exists()]
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be looked into ({error})") from None
+    if held:
+        raise UserError(f"{out} holds a run already ({held[0]}): --resume {out} goes on with it, --out DIR keeps both")
 
 
 def local_batch(batch_size: int | None) -> int | None:
@@ -199,14 +212,18 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     for name in ("subset", "data", "relabel", "storage"):
         setattr(args, name, getattr(args, name) or state[name])
     args.storage = None if args.subset in data.BUILT_IN else args.storage
-    check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **given}, path)
+    asked = {name: value for name, value in given.items() if value != "auto"}
+    check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **asked}, path)
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
     net = build_model(recipe, len(subset.classes), subset.channels)
     run = Run(recipe, subset, net, device, path.parent, args.compile, local_batch(args.eval_batch_size))
-    own = ("classes", "pictures", "processes", "annotator", "storage")
+    own = ("classes", "pictures", "annotator", "storage")
     check_saved(state, {name: run.origin()[name] for name in own}, path)
     run.restore(state)
+    if run.rank == 0 and state["processes"] != run.world:
+        print(f"begun with {state['processes']} processes, it goes on with {run.world}: the order of the pictures "
+              f"stays, BatchNorm counts over {run.local_batch} pictures now, and augmentation draws other numbers")
     return run
 
 
@@ -228,7 +245,8 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
     UserError: no such weights, or of other classes than the set's."""
     if args.relabel:
         raise UserError("--relabel does not go with --eval: validation pictures have no label maps")
-    path = Path(args.weights or folder_of(args) / "best.pt")
+    path = Path(args.weights or args.resume or folder_of(args))
+    path = path / "best.pt" if path.is_dir() or not (args.weights or args.resume) else path
     state = checkpoint.load(path)
     weights, _ = checkpoint.weights_of(state, args.eval_weights, path)
     dense = "token_head.weight" in weights
@@ -255,21 +273,33 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
 
 def train(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> int:
     """Begin a run or go on with one, to its end or until it is stopped. Returns the exit status."""
+    if args.resume == "auto":
+        args.resume = str(folder_of(args)) if begun(folder_of(args)) else None
+        args.weights = args.weights if args.resume is None else None  # it has its own by now
     resumes = args.resume is not None
-    run = resumed_run(args, given, device) if resumes else new_run(args, given, device, arguments)
-    if run.rank == 0:
-        config = run.model.config
-        print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
-              f"{config.img_size} px in {config.grid**2} patches", flush=True)
-    status = fit(run, go_on=records.command_line(resuming(args, run.out)))
-    if status == 0 and run.rank == 0:
-        finish(run, arguments)
+    run = resumed_run(args, given, device) if resumes else new_run(args, given, device)
+    with claim(run.out) if run.rank == 0 else nullcontext():
+        if run.rank == 0:
+            if not resumes:
+                begin(run, arguments)
+            config = run.model.config
+            print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
+                  f"{config.img_size} px in {config.grid**2} patches", flush=True)
+        status = fit(run, records.command_line(resuming(args, run.out)), args.save_every)
+        if status == 0 and run.rank == 0:
+            finish(run, arguments)
     return status
+
+
+def begun(out: Path) -> bool:
+    """Whether there is a run in the folder to go on with."""
+    path = out / "last.pt"
+    return path.exists() or checkpoint.backup_of(path).exists()
 
 
 def resuming(args: argparse.Namespace, out: Path) -> list[str]:
     """The arguments that go on with the run: what the checkpoint does not hold, as it was given."""
-    words = ["--resume", str(out)]
+    words = ["--resume", str(out)] + ["--save-every", f"{args.save_every:g}"] * (args.save_every != 20)
     for name in ("device", "workers", "compile", "skip_bad", "eval_batch_size"):
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []

@@ -24,7 +24,9 @@ def small(pictures, *flags) -> list[str]:
 
 def run_of(pictures, *flags) -> Run:
     arguments = small(pictures, "--out", f"out{next(NUMBERS)}", *flags)
-    return train.new_run(*train.parse(arguments), CPU, arguments)
+    run = train.new_run(*train.parse(arguments), CPU)
+    run.out.mkdir()
+    return run
 
 
 def rows_of(out) -> list[dict]:

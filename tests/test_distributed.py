@@ -1,14 +1,17 @@
 """distributed.py: two processes on this machine train one run together."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from refiner_min import UserError, checkpoint, train
-from tests.runs import rows_of, run_of, small
+from refiner_min import checkpoint, train
+from tests.runs import assert_same_runs, rows_of, run_of, small
 
 
 def torchrun(*flags):
@@ -18,7 +21,7 @@ def torchrun(*flags):
 
 
 @pytest.mark.slow
-def test_two_processes(pictures):
+def test_two_processes(pictures, capsys):
     flags = small(pictures, "--out", "two", "--batch-size", "12", "--epochs", "1")
     done = torchrun(*flags)
     assert done.returncode == 0, done.stderr
@@ -38,8 +41,68 @@ def test_two_processes(pictures):
     assert "--batch-size 11 must be a multiple of the 2 processes" in done.stderr and not Path("odd").exists()
     done = torchrun(*small(pictures, "--out", "odd", "--batch-size", "12", "--sync-bn"))
     assert "--sync-bn is for processes on GPUs" in done.stderr and not Path("odd").exists()
-    with pytest.raises(UserError, match=r"processes \(2 there, 1 here\)"):
-        train.main(["--resume", "two", "--device", "cpu"])
+    capsys.readouterr()
+    assert train.main(["--resume", "two", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "begun with 2 processes, it goes on with 1: " in said and "BatchNorm counts over 12 " in said
+
+
+def start(*flags, restarts: int = 0):
+    """Two processes under torchrun, in a session of their own."""
+    command = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", str(restarts), "-m", "refiner_min.train", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True)
+
+
+def workers_of(process) -> list[int]:
+    """The training processes below the launcher."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"refiner_min.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_until(process, step: int, out: str):
+    deadline = time.monotonic() + 60
+    while not Path(out, "metrics.csv").exists() or int(rows_of(out)[-1]["step"]) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(pictures):
+    """What a scheduler does: launcher and processes get it at once, and the launcher hands it on."""
+    process = start(*small(pictures, "--out", "two", "--batch-size", "12", "--epochs", "400"))
+    wait_until(process, 4, "two")
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    step = checkpoint.load("two/last.pt")["step"]
+    assert f"stopped after step {step}; to go on: torchrun --standalone --nproc-per-node 2 --max-restarts 0 -m " \
+           f"refiner_min.train --resume two --device cpu" in said
+    assert step % 20 == 0 or step % 2 == 0  # asked of each other, or after an epoch
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other_with_a_sentence(pictures):
+    process = start(*small(pictures, "--out", "two", "--batch-size", "12", "--epochs", "4000"))
+    wait_until(process, 4, "two")
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    started = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert time.monotonic() - started < 60 and process.returncode
+    assert "error: process 0 of 2 has lost another one" in said or "stopped after step" in said
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_twice_and_restarted_end_as_never_disturbed(pictures):
+    flags = ["--batch-size", "12", "--epochs", "60", "--resume", "auto", "--amp", "off"]
+    assert start(*small(pictures, "--out", "whole", *flags)).wait(timeout=120) == 0
+    process = start(*small(pictures, "--out", "killed", *flags), restarts=2)
+    for kill, step in enumerate((10, 50)):
+        wait_until(process, step, "killed")
+        os.kill(workers_of(process)[kill], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert_same_runs("whole", "killed")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from refiner_min import UserError, checkpoint, engine, evaluation, hardware, tra
 from refiner_min.model import RefinerOutput
 from refiner_min.recipes import Recipe, schedule
 from refiner_min.relabel import Labels, box_share, pool_label_map
+from refiner_min.stopping import SaveClock, StopRequest
 from tests.pictures import random_labels
 from tests.runs import CPU, NUMBERS, run_of, small
 
@@ -71,8 +72,8 @@ def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
 
     monkeypatch.setattr(run, "train_step", keep)
     run.mix = lambda images, labels: (images * 0 + 7, Labels(F.one_hot(labels.image, 3) / 2))
-    with engine.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
+    with StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
     assert len(seen) == 2
     for images, labels in seen:
         assert images.shape == (10, 3, 16, 16) and (images == 7).all()
@@ -148,8 +149,8 @@ def test_erasing_comes_after_mixing(pictures, monkeypatch):
     run, seen = run_of(pictures, "--erasing", "1"), []
     run.mix = lambda images, labels: (images * 0 + 7, labels)
     monkeypatch.setattr(run, "train_step", lambda images, labels: seen.append(images) or setattr(run, "step", 2))
-    with engine.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
+    with StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
     for images in seen:
         erased = (images != 7).any(dim=1).flatten(1).float().mean(dim=1)  # the share of each picture
         assert 0.01 < erased.min() and erased.max() < 0.6
@@ -248,8 +249,8 @@ def test_a_step_learns_from_the_pooled_labels(pictures, labels, monkeypatch):
 
     monkeypatch.setattr(run, "augment", keep_boxes)
     monkeypatch.setattr(run, "train_step", keep)
-    with engine.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
+    with StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
     assert len(seen) == 2
 
 
@@ -295,7 +296,7 @@ def test_mix_token_mixes_what_the_loss_is_told(pictures, monkeypatch):
     ([], True), (["--no-token-labels"], False), (["--dense-weight", "0"], False)])
 def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
     arguments = ["--subset", "digit-scenes", "--out", f"out{next(NUMBERS)}", *flags]
-    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    run = train.new_run(*train.parse(arguments), CPU)
     found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
     assert found.image.shape == (4,) and (found.tokens is not None) == tokens
     assert run.model.config.dense == ("0" not in flags)

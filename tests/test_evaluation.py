@@ -67,7 +67,7 @@ def test_tokens_are_counted_where_they_have_a_label():
 def test_tokens_without_a_label_do_not_count():
     """A model that calls every token a 0 is right where a 0 is, and nowhere else."""
     arguments = ["--subset", "digit-scenes", "--ema", "0"]
-    run = train.new_run(*train.parse(arguments), CPU, arguments)
+    run = train.new_run(*train.parse(arguments), CPU)
     with torch.no_grad():
         run.model.token_head.bias[0] = 100
     tokens = next(run.subset.val.epoch(torch.arange(1000), 1000)).token_labels.sum(dim=(0, 1))  # of each digit

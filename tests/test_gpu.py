@@ -24,6 +24,7 @@ from refiner_min import checkpoint, distributed, engine, hardware, recipes, trai
 from refiner_min.engine import Run
 from refiner_min.evaluation import evaluate
 from refiner_min.model import refiner_vit_ti
+from refiner_min.stopping import SaveClock, StopRequest
 from tests.runs import CPU, rows_of, small
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # copied deeply
@@ -48,7 +49,7 @@ KINDS = "digits", "scenes", "decoded", "decoded, maps", "streamed", "streamed, m
 
 def run_on_gpu(*words) -> Run:
     arguments = command(*words)
-    return train.new_run(*train.parse(arguments), GPU, arguments)
+    return train.new_run(*train.parse(arguments), GPU)
 
 
 def train_an_epoch(run: Run, monkeypatch, forbid, free: int = 0):
@@ -63,8 +64,8 @@ def train_an_epoch(run: Run, monkeypatch, forbid, free: int = 0):
 
     monkeypatch.setattr(run.subset.train, "epoch", epoch)
     monkeypatch.setattr(engine, "LOOK_EVERY", 1)  # at the loss, in every step
-    with engine.StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True))
+    with StopRequest() as stop:
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
     assert run.step == run.steps_per_epoch > 1
 
 
@@ -232,7 +233,7 @@ def test_stopped_and_resumed_is_as_never_stopped(pictures, labels, monkeypatch, 
     flags = command(kind, pictures, labels, "--amp", "off", "--erasing", "1", "--drop-path", "0.3", "--lr", "5e-3")
     assert train.main([*flags, "--out", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(engine.StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 4)
+        patch.setattr(StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 4)
         assert train.main([*flags, "--out", "stopped"]) == 128 + 15
     assert checkpoint.load("stopped/last.pt")["step"] == 4
     torch.manual_seed(99)  # another state of the generators

@@ -19,6 +19,7 @@ from refiner_min import UserError, checkpoint, data, engine, scenes, train
 from refiner_min.augment import evaluation_picture, normalise
 from refiner_min.model import refiner_vit_m, refiner_vit_s
 from refiner_min.pictures import read_picture
+from refiner_min.stopping import StopRequest
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
 from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small
 from tests.test_checkpoint import published_state
@@ -365,10 +366,10 @@ def test_stopped_at_any_step_and_resumed_is_as_never_stopped(pictures, monkeypat
         self.signal = signal.SIGTERM if step == stop_after else self.signal
         return self.signal is not None
 
-    monkeypatch.setattr(engine.StopRequest, "agreed", stop)
+    monkeypatch.setattr(StopRequest, "agreed", stop)
     assert train.main([*flags, "--out", "stopped"]) == 143
     assert checkpoint.load("stopped/last.pt")["step"] == stop_after
-    monkeypatch.setattr(engine.StopRequest, "agreed", lambda *arguments: False)
+    monkeypatch.setattr(StopRequest, "agreed", lambda *arguments: False)
     torch.manual_seed(99)  # another state of the generators
     assert train.main(["--resume", "stopped", "--device", "cpu", "--workers", "1"]) == 0
     assert_same_runs("whole", "stopped")
@@ -378,13 +379,95 @@ def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, mon
     flags = ["--relabel", labels, "--mix-token", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9"]
     assert train.main(small(pictures, "--out", "whole", *flags)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(engine.StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
+        patch.setattr(StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
         assert train.main(small(pictures, "--out", "stopped", *flags)) == 128 + 15
     assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0  # which knows its maps
     assert_same_runs("whole", "stopped")
     other = pack_labels(Path("other"), names_of(pictures), *random_labels(24), annotator="another")
     with pytest.raises(UserError, match="annotator .hand at 64 px there, another at 64 px here."):
         train.main(["--resume", "stopped", "--device", "cpu", "--relabel", str(other)])
+
+
+@pytest.mark.slow
+def test_one_command_begins_a_run_and_restarts_it(pictures, tmp_path, monkeypatch, capsys):
+    """As a scheduler does: killed before anything was saved, in an epoch, and started once more when all was done."""
+    finish(pictures, "whole")
+    words = small(pictures, "--epochs", "6", "--out", "auto", "--resume", "auto", "--amp", "auto")
+    assert train.main(small(pictures, "--epochs", "1", "--out", "first")) == 0
+    Path("auto").mkdir()  # killed before its first save
+    command = [sys.executable, "-u", "-m", "refiner_min.train", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_for_step(process, 4)
+    process.kill()
+    process.communicate()
+    assert train.main(words) == 0
+    assert_same_runs("whole", "auto")
+    (Path("auto") / "last.pt").unlink()  # killed between the two renames of a save
+    capsys.readouterr()
+    assert train.main([*words, "--weights", "first/best.pt"]) == 0  # which it began with, say
+    assert "weights of first" not in capsys.readouterr().out
+    assert_same_runs("whole", "auto")
+    other = small(pictures, "--out", "from", "--resume", "auto", "--weights", "first/best.pt")
+    assert train.main(other) == 0
+    assert "weights of first/best.pt" in capsys.readouterr().out
+
+
+def test_saved_on_the_way_and_killed_is_as_never_stopped(pictures, monkeypatch):
+    """With a clock that is due after every step, and a kill after the first step of an epoch."""
+    assert train.main(small(pictures, "--out", "whole")) == 0
+    saves = []
+    save = engine.Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Run, "save", lambda run, clock: (saves.append(run.step), save(run, clock)))
+        step = engine.Run.train_step
+
+        def killed(run, *words):
+            if run.step == 3:
+                raise SystemExit("killed")
+            step(run, *words)
+
+        patch.setattr(engine.Run, "train_step", killed)
+        with pytest.raises(SystemExit):
+            train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
+    assert saves == [1, 2, 2, 3] and checkpoint.load("killed/last.pt")["step"] == 3
+    assert checkpoint.load("killed/last.pt")["loss"][1] == 10  # pictures of the epoch so far
+    assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
+    assert_same_runs("whole", "killed")
+
+
+def test_a_first_save_that_failed_leaves_a_folder_that_can_be_used(pictures, monkeypatch):
+    def full(*words, **options):
+        raise UserError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(UserError, match="disk full"):
+            train.main(small(pictures, "--out", "run"))
+    assert train.main(small(pictures, "--out", "run")) == 0
+
+
+def test_two_runs_do_not_begin_in_one_folder(pictures, monkeypatch):
+    """The second one finds the folder empty, too, before it has opened its data; and is refused."""
+    made = train.new_run
+
+    def slow(*words):
+        run = made(*words)
+        if not Path("run/last.pt").exists():
+            monkeypatch.setattr(train, "new_run", made)
+            assert train.main(small(pictures, "--out", "run", "--epochs", "1", "--seed", "1")) == 0
+        return run
+
+    monkeypatch.setattr(train, "new_run", slow)
+    with pytest.raises(UserError, match="run holds a run already"):
+        train.main(small(pictures, "--out", "run"))
+    assert checkpoint.load("run/last.pt")["recipe"]["seed"] == 1
+
+
+def test_evaluation_of_the_run_that_resume_names(pictures, capsys):
+    assert train.main(small(pictures, "--out", "mine")) == 0
+    capsys.readouterr()
+    assert train.main(["--eval", "--resume", "mine", "--device", "cpu"]) == 0
+    assert "weights of mine/best.pt" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,99 @@
+"""stopping.py: signals, the clock, and a folder that is for one run at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refiner_min import UserError, stopping
+from refiner_min.stopping import SaveClock, StopRequest, claim
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The time, to be set."""
+    clock = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def test_sigterm_is_one_however_often_it_comes(now):
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.agreed(0)
+        for later in (0, 0.1, 60):
+            now[0] = 100 + later
+            send(signal.SIGTERM)
+        assert stop.agreed(0) and stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_a_second_ctrl_c_ends_at_once(now):
+    with StopRequest() as stop:
+        send(signal.SIGINT)
+        now[0] += stopping.AGAIN  # the launcher hands it on
+        send(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        send(signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        now[0] += 0.1
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_ctrl_c_after_sigterm_waits_for_the_save(now):
+    with StopRequest() as stop:
+        send(signal.SIGTERM)
+        now[0] += 60
+        send(signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+
+
+def test_the_clock(now):
+    clock = SaveClock(2.0)
+    now[0] += 119
+    assert not clock.due(1)
+    now[0] += 1
+    assert clock.due(2) and clock.due(3)  # until it is saved
+    clock.restart()
+    assert not clock.due(4)
+
+
+def test_a_folder_is_for_one_process_and_a_kill_gives_it_back(tmp_path):
+    code = ("import sys, time\nfrom pathlib import Path\nfrom refiner_min.stopping import claim\n"
+            "with claim(Path('mine/run')): print('claimed', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "claimed\n"
+    with pytest.raises(UserError, match="another process trains in mine/run: wait for it, or name another --out"):
+        with claim(Path("mine/run")):
+            raise AssertionError("claimed twice")
+    other.kill()
+    other.communicate()
+    with claim(Path("mine/run")):
+        pass
+    with claim(Path("mine/run")):  # and once more, after it was given back
+        pass
+    Path("file").write_text("precious")
+    with pytest.raises(UserError, match="--out file/run cannot be made"):
+        with claim(Path("file/run")):
+            pass
+    assert Path("file").read_text() == "precious"
+
+
+def test_a_file_system_without_locks(monkeypatch):
+    def refuse(*words):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(stopping.fcntl, "flock", refuse)
+    with claim(Path("run")):
+        assert Path("run").is_dir()
+    monkeypatch.setattr(stopping, "fcntl", None)
+    with claim(Path("run")):
+        pass
