@@ -235,9 +235,15 @@ def _open_folder(root: Path, split: str) -> ImageFolder:
         raise UserError(f"{root} has no folder {split}/: --data takes a folder that holds train/ and val/, "
                         f"each with one folder of pictures a class")
     try:
-        return ImageFolder(root / split, allow_empty=True)
+        folder = ImageFolder(root / split, allow_empty=True)
     except FileNotFoundError:
         raise UserError(f"{root / split} has no folders in it: one folder of pictures a class is expected") from None
+    real = {}
+    for path in {os.path.dirname(path) for path, _ in folder.samples}:
+        twin = real.setdefault(os.path.realpath(path), path)
+        if twin != path:
+            raise UserError(f"{path} and {twin} are one folder, by a link: its pictures would be read twice")
+    return folder
 
 
 def _check_folders(root: Path, folders: dict[str, ImageFolder], subset: str) -> list[str]:

@@ -1,5 +1,9 @@
 """One picture from disk: read upright, squashed to a square; what cannot be read is refused in one sentence."""
 
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -10,12 +14,33 @@ SKIP_HINT = "--skip-bad leaves such pictures out"  # what a command that can add
 
 
 def read_picture(source, mode: str = "RGB") -> Image.Image:
-    """A picture as mode, "RGB" or "L", upright. source: a path. UserError if it cannot be read."""
+    """A picture as mode, "RGB" or "L", upright; of 16 bits a channel the upper eight. source: a path. UserError if it
+    cannot be read."""
     try:
+        if not Path(source).is_file():  # a pipe would be waited for
+            raise ValueError("no file, or a broken link" if os.path.lexists(source) else "there is no such file")
         with Image.open(source) as picture:
-            return ImageOps.exif_transpose(picture).convert(mode)
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture = _in_eight_bits(picture)
+            picture.load()
+            return picture if picture.mode == mode else picture.convert(mode)  # a copy only where it is needed
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{source} is not a picture that can be read ({error})") from None
+        raise UserError(f"{printable(source)} is not a picture that can be read ({error})") from None
+
+
+def _in_eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow would cut values above 255 off. ValueError: values of no known range."""
+    low, high = picture.getextrema() if picture.mode == "I" else (0, 0)
+    if picture.mode == "F" or low < 0 or high >= 2**16:
+        raise ValueError(f"what is black and white in mode {picture.mode} is not known")
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+
+
+def printable(path) -> str:
+    """A path for people, whatever bytes its name is of."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def squash(picture: Image.Image, size: int) -> torch.Tensor:

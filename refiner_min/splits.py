@@ -9,8 +9,10 @@ hardware.
 
 import atexit
 import hashlib
+import os
 import signal
 import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -27,7 +29,7 @@ from refiner_min.augment import Batch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.pictures import SKIP_HINT, read_picture
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 _WORKERS = weakref.WeakSet()  # the processes of all streams
 
 
@@ -87,15 +89,13 @@ def decode(folder: ImageFolder, transform, size: int, name: str, skip_bad: bool)
     that still fits them. name: says what transform does, in the name of the cache.
     UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
     root, samples = Path(folder.root), [(Path(path), label) for path, label in folder.samples]
-    listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in samples)
-    key = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}\n{listing}".encode()).hexdigest()
+    listing = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}".encode())
+    for path, _ in samples:
+        listing.update(os.fsencode(path.relative_to(root)) + _version(path))
+    key = listing.hexdigest()
     cache = root.with_name(f"refiner_min-{root.name}-{name}.pt")
-    try:
-        stored = torch.load(cache, weights_only=True)
-        if stored["key"] == key:
-            return MemorySplit(*stored["split"])
-    except Exception:  # no cache, or a damaged one: it is made again
-        pass
+    if (kept := _kept(cache, key, size, len(samples))) is not None:
+        return kept
     split = _decode(folder, transform, size, skip_bad)
     try:
         with replacing(cache) as file:
@@ -103,6 +103,31 @@ def decode(folder: ImageFolder, transform, size: int, name: str, skip_bad: bool)
     except UserError as error:
         print(f"not cached, so the pictures will be decoded again next time: {error}")
     return split
+
+
+def _version(path: Path) -> bytes:
+    """Of a file, size and time of its last change; of what is none, nothing."""
+    try:
+        found = path.stat()
+    except OSError:  # a broken link, which reading will name
+        return b" none\n"
+    return f" {found.st_size} {found.st_mtime_ns}\n".encode()
+
+
+def _kept(cache: Path, key: str, size: int, count: int) -> MemorySplit | None:
+    """What is in the cache, if it fits and is whole; None: it is to be made again."""
+    try:
+        with zipfile.ZipFile(cache) as file:
+            if file.testzip():  # torch looks at no checksum
+                return None
+        stored = torch.load(cache, weights_only=True)
+        split = MemorySplit(*stored["split"])
+        n = len(split.names)
+        right = (split.pictures.shape == (n, 3, size, size) and split.pictures.dtype == torch.uint8
+                 and split.aspects.shape == split.labels.shape == (n,) and 0 < n <= count)
+        return split if right and stored["key"] == key else None
+    except Exception:  # no cache, or damage, which shows in many ways
+        return None
 
 
 def _decode(folder: ImageFolder, transform, size: int, skip_bad: bool) -> MemorySplit:

@@ -1,10 +1,14 @@
 """pictures.py: every kind of picture is read, upright, and what is none is refused."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from refiner_min.pictures import read_picture
+from refiner_min import UserError
+from refiner_min.pictures import read_picture, squash
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "RGB"])
@@ -22,3 +26,49 @@ def test_a_photo_is_read_upright(tmp_path):
     exif[0x0112] = 6  # lies on its side
     Image.new("RGB", (8, 4)).save(tmp_path / "photo.jpg", exif=exif)
     assert read_picture(tmp_path / "photo.jpg").size == (4, 8)
+
+
+@pytest.mark.parametrize("values, expected", [(0, 0), (65535, 255), (256 * 100 + 7, 100), (255, 0)])
+def test_sixteen_bits_are_scaled(tmp_path, values, expected):
+    Image.fromarray(np.full((4, 8), values, dtype=np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((4, 8), values, dtype=np.int32)).save(tmp_path / "deep.tif")
+    for name in ("deep.png", "deep.tif"):
+        picture = read_picture(tmp_path / name)
+        assert (picture.mode, picture.size) == ("RGB", (8, 4)) and (np.asarray(picture) == expected).all()
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 8), 0.5, dtype=np.float32), np.full((4, 8), 70_000, dtype=np.int32),
+                                    np.full((4, 8), -1, dtype=np.int32)])
+def test_values_of_no_known_range_are_refused(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "values.tif")
+    with pytest.raises(UserError, match="values.tif is not a picture .*what is black and white in mode"):
+        read_picture(tmp_path / "values.tif")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    for name in ("pipe.png", "folder.png", "link.png"):
+        with pytest.raises(UserError, match="no file, or a broken link"):
+            read_picture(tmp_path / name)
+    with pytest.raises(UserError, match="there is no such file"):
+        read_picture(tmp_path / "none.png")
+
+
+def test_a_name_of_any_bytes_is_read_or_named(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    Image.new("RGB", (8, 4)).save(path)
+    assert read_picture(path).size == (8, 4)
+    Path(path).write_bytes(b"no picture")
+    with pytest.raises(UserError) as told:
+        read_picture(path)
+    str(told.value).encode()  # can be printed
+
+
+def test_an_animation_is_read_as_its_first_picture_and_a_sliver_whole(tmp_path):
+    frames = [Image.new("RGB", (8, 4), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(read_picture(tmp_path / "moving.gif"))[0, 0, 0] > 190
+    Image.new("RGB", (1, 5000)).save(tmp_path / "sliver.png")
+    assert squash(read_picture(tmp_path / "sliver.png"), 16).shape == (3, 16, 16)

@@ -37,6 +37,67 @@ def test_folder_is_decoded_and_cached(tmp_path, monkeypatch):
     assert len(data.load_subset("folder", str(root), 16).train) == 19
 
 
+def test_a_picture_replaced_by_one_of_the_same_size_is_decoded_again(tmp_path):
+    root = make_folder(tmp_path / "set")
+    path = root / "train" / CLASSES[0] / "0.bmp"
+    Image.new("RGB", (8, 8), (10, 10, 10)).save(path)
+    size = path.stat().st_size
+    assert (data.load_subset("folder", str(root), 16).train.pictures[0] == 10).all()
+    Image.new("RGB", (8, 8), (99, 99, 99)).save(path)
+    os.utime(path, ns=(0, 1_700_000_000_000_000_000))
+    assert path.stat().st_size == size
+    assert (data.load_subset("folder", str(root), 16).train.pictures[0] == 99).all()
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda state: state["split"][0].view(-1)[:1].add_(1) and None,
+    lambda state: {"key": state["key"], "split": state["split"][:2]},
+    lambda state: {"key": state["key"], "split": (state["split"][0][:, :1], *state["split"][1:])},
+    lambda state: {"key": state["key"], "split": (state["split"][0].float(), *state["split"][1:])},
+    lambda state: {"key": state["key"], "split": (*state["split"][:2], state["split"][2][:5], state["split"][3])},
+    lambda state: [1, 2, 3], lambda state: {"key": state["key"], "split": None},
+], ids=["other pixels", "parts", "channels", "floats", "labels", "list", "none"])
+def test_a_cache_with_other_content_is_made_again(tmp_path, spoil):
+    """A flipped byte fails the file's checksum; content of another shape does not fit, whatever its key."""
+    root = make_folder(tmp_path / "set")
+    whole, cache = data.load_subset("folder", str(root), 16).train, root / "refiner_min-train-20px.pt"
+    content, state = cache.read_bytes(), torch.load(cache, weights_only=True)
+    spoilt = spoil(state)
+    if spoilt is None:
+        place = content.index(whole.pictures.numpy().tobytes()[:200])
+        cache.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+    else:
+        torch.save(spoilt, cache)
+    again = data.load_subset("folder", str(root), 16).train
+    assert torch.equal(again.pictures, whole.pictures) and torch.equal(again.labels, whole.labels)
+
+
+def test_links_pipes_and_names_of_any_bytes_among_the_pictures(tmp_path, capsys):
+    root = make_folder(tmp_path / "set")
+    folder = root / "train" / CLASSES[0]
+    odd = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
+    Image.new("RGB", (8, 8), (50, 50, 50)).save(odd)
+    for _ in range(2):  # decoded, then from the cache
+        assert len(data.load_subset("folder", str(root), 16).train) == 19
+    (folder / "broken.png").symlink_to("nowhere.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(UserError, match="broken.png is not a picture .*no file, or a broken link"):
+        data.load_subset("folder", str(root), 16)
+    assert len(data.load_subset("folder", str(root), 16, skip_bad=True).train) == 19
+    assert "left out 3 of 22 in train" in capsys.readouterr().out
+    stream = data.load_subset("folder", str(root), 16, skip_bad=True, storage="stream", workers=0).train
+    assert sum(len(batch.labels) for batch in stream.epoch(torch.arange(len(stream)), 22)) == 19
+    capsys.readouterr()
+
+
+def test_a_folder_that_links_to_itself_is_refused(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "train" / CLASSES[0] / "again").symlink_to(root / "train" / CLASSES[0])
+    with pytest.raises(UserError, match="are one folder, by a link: its pictures would be read twice"):
+        data.load_subset("folder", str(root), 16)
+
+
 def test_what_cannot_be_cached_is_still_read(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "set")
 
