@@ -75,6 +75,13 @@ def test_folders_that_do_not_fit(tmp_path, spoil, message):
         data.load_subset("folder", str(root), 16)
 
 
+def test_a_folder_that_links_to_itself_is_refused(tmp_path):
+    root = make_folder(tmp_path / "set")
+    (root / "train" / CLASSES[0] / "again").symlink_to(root / "train" / CLASSES[0])
+    with pytest.raises(UserError, match="are one folder, by a link: its pictures would be read twice"):
+        data.load_subset("folder", str(root), 16)
+
+
 def test_folders_with_too_little(tmp_path):
     with pytest.raises(UserError, match="has one class, n01440764"):
         data.load_subset("folder", str(make_folder(tmp_path / "class", classes=CLASSES[:1])), 16)

@@ -91,13 +91,6 @@ def test_links_pipes_and_names_of_any_bytes_among_the_pictures(tmp_path, capsys)
     capsys.readouterr()
 
 
-def test_a_folder_that_links_to_itself_is_refused(tmp_path):
-    root = make_folder(tmp_path / "set")
-    (root / "train" / CLASSES[0] / "again").symlink_to(root / "train" / CLASSES[0])
-    with pytest.raises(UserError, match="are one folder, by a link: its pictures would be read twice"):
-        data.load_subset("folder", str(root), 16)
-
-
 def test_what_cannot_be_cached_is_still_read(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "set")
 
