@@ -24,7 +24,7 @@ from refiner_min import UserError, data, hardware, plots, run_command, some
 from refiner_min.label_store import LabelMap, LabelWriter, open_labels
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
-from refiner_min.splits import ignore_signals, picture_names
+from refiner_min.splits import ignore_signals, picture_names, readers_told
 
 TOP = 5  # logits kept a position
 SAVE_EVERY = 32  # batches
@@ -269,7 +269,8 @@ def main(arguments=None) -> int:
     print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
           f"{store.facts['done']:,} are there", flush=True)
     started, before = time.perf_counter(), store.facts["done"]
-    annotate(annotator, columns, paths, names, store, args.size, args.batch_size, args.workers, args.skip_bad)
+    with readers_told():
+        annotate(annotator, columns, paths, names, store, args.size, args.batch_size, args.workers, args.skip_bad)
     seconds, made = time.perf_counter() - started, len(names) - before
     left_out = f", {len(store.facts['skipped'])} pictures left out" if store.facts["skipped"] else ""
     print(f"{made:,} maps in {seconds / 60:.1f} minutes ({made / seconds:.1f} pictures/s){left_out}: {out}, "

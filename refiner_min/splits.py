@@ -14,6 +14,7 @@ import signal
 import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.pictures import SKIP_HINT, read_picture
 
 CACHE_FORMAT = 4
+WAIT = 600  # seconds for a picture, after which the disk is said not to answer
 _WORKERS = weakref.WeakSet()  # the processes of all streams
 
 
@@ -187,7 +189,8 @@ class StreamSplit:
         self.loader = DataLoader(
             _Samples(folder.samples, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
             collate_fn=_collate, pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0,
-            worker_init_fn=ignore_signals, generator=torch.Generator())  # its own: training's is not drawn from
+            worker_init_fn=ignore_signals, timeout=WAIT if workers else 0,
+            generator=torch.Generator())  # its own: training's is not drawn from
 
     def __len__(self):
         return len(self.samples)
@@ -254,6 +257,22 @@ def _collate(samples) -> tuple[Batch | None, list[str]]:
     good = [sample for sample in samples if not isinstance(sample, str)]
     batch = Batch(*default_collate(good)) if good else None
     return batch, [sample for sample in samples if isinstance(sample, str)]
+
+
+@contextmanager
+def readers_told():
+    """What goes wrong with the processes that read pictures as a UserError. It is for all of a command, since torch
+    tells of a process that was killed wherever the main one is by then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        if "timed out" in str(error):
+            raise UserError(f"no picture was read for {WAIT / 60:g} minutes: does the disk answer?") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"a process that reads pictures has ended ({reason}): it is usually killed for want of memory, "
+                        f"and fewer --workers need less") from None
 
 
 @atexit.register

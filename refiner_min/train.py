@@ -19,6 +19,7 @@ from refiner_min.engine import Run, fit, make_stream_augmentation
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe
+from refiner_min.splits import readers_told
 from refiner_min.stopping import claim
 
 
@@ -310,7 +311,7 @@ def main(arguments=None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args, given = parse(arguments)
     device = hardware.choose_device(args.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device), readers_told():
         try:
             if args.eval:
                 evaluate_weights(args, given, device)

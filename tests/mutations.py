@@ -143,6 +143,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("a cache of another shape used", "splits", "return split if right and", "return split if"),
     ("16 bits cut off, not scaled", "pictures", "picture = _in_eight_bits(picture)", "pass"),
     ("a pipe waited for", "pictures", "if not Path(source).is_file():", "if not os.path.lexists(source):"),
+    ("a disk that does not answer is waited for", "splits", "timeout=WAIT if workers else 0", "timeout=0"),
     ("a folder read twice by a link", "data", "if twin != path:", "if False:"),
     ("a stream repeats itself every epoch", "splits", "self.seed, epoch, index)", "self.seed, index)"),
     ("bad pictures left out unasked", "splits", "if not self.skip_bad:", "if False:"),

@@ -1,8 +1,11 @@
 """splits.py: decoded once and cached, or streamed alike by any number of workers; pictures with their label maps."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 from refiner_min import UserError, data, splits
 from refiner_min.augment import StreamAugmentation
 from tests.pictures import CLASSES, make_folder, names_of, pack_labels, random_labels
+from tests.runs import small
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoded
@@ -191,6 +195,30 @@ def test_workers_of_a_stream_that_is_still_held_end_with_python(streamed):
             "print(*(len(next(batches).labels) for batches in kept))")
     done = subprocess.run([sys.executable, "-c", code, streamed], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "4 4\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_killed_ends_the_run_with_a_sentence(pictures):
+    command = [sys.executable, "-u", "-m", "refiner_min.train", *small(
+        pictures, "--storage", "stream", "--workers", "2", "--epochs", "4000", "--batch-size", "4")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("runs/folder/best.pt").exists():
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    readers = [child for child in children if b"refiner_min.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(int(readers[0]), signal.SIGKILL)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "error: a process that reads pictures has ended (DataLoader worker" in said
+    assert "Traceback" not in said
+    assert not [reader for reader in readers if Path(f"/proc/{reader}").exists()]
+
+
+def test_a_disk_that_does_not_answer_is_told(streamed, monkeypatch):
+    monkeypatch.setattr(splits, "WAIT", 1)
+    subset = data.load_subset("folder", str(streamed), 16, workers=1, transform=lambda picture: time.sleep(30))
+    with pytest.raises(UserError, match="no picture was read for 0.0166667 minutes: does the disk answer?"):
+        with splits.readers_told():
+            list(subset.train.epoch(torch.arange(4), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
