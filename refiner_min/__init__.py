@@ -6,11 +6,18 @@ chance comes from.
 
 import json
 import os
+import platform
+import secrets
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 __version__ = "0.1.0"
 
@@ -41,9 +48,10 @@ def replacing(path):
     """A file to write bytes to, which takes the place of path when it is whole; until then path is as it was.
     UserError: it could not be written (no such folder, no right, disk full)."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    mine = f"{platform.node().split('.')[0]}-{os.getpid()}-{secrets.token_hex(4)}"  # several machines share a disk
+    temporary = path.with_name(f"{path.name}.{mine}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +61,41 @@ def replacing(path):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def locked(path, unfinished: str | None = None, wait: bool = True):
+    """Hold the file path, which is made for it and removed after it, against every process that wants to hold it too,
+    on any machine that shares the disk; a lock ends with its process, however that ends. unfinished: a pattern of files
+    beside it, which killed processes left and which are removed. Where the disk takes no locks, nothing is held.
+    BlockingIOError: without wait, another process holds it."""
+    path = Path(path)
+    file = _lock(path, wait)
+    try:
+        for left in path.parent.glob(unfinished) if file is not None and unfinished else ():
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)  # while it is still held
+            file.close()
+
+
+def _lock(path: Path, wait: bool):
+    """The open file that holds the lock; None: there are no locks here, or nothing may be written."""
+    while fcntl is not None:
+        try:
+            file = open(path, "ab")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samefile(path, file.fileno()):
+                return file
+        file.close()  # its last holder has removed it: there is another one now
+    return None
 
 
 def write_json(path, facts: dict):

@@ -24,7 +24,7 @@ from refiner_min import UserError, data, hardware, plots, run_command, some
 from refiner_min.label_store import LabelMap, LabelWriter, open_labels
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
-from refiner_min.splits import ignore_signals, picture_names, readers_told
+from refiner_min.splits import ignore_signals, readers_told
 
 TOP = 5  # logits kept a position
 SAVE_EVERY = 32  # batches
@@ -254,7 +254,8 @@ def main(arguments=None) -> int:
     device, out = hardware.choose_device(args.device), Path(args.out or f"labels/{args.subset}")
     root, folders, classes = data.open_folders(args.subset, args.data)
     columns = class_columns(classes)
-    paths, names = [path for path, _ in folders["train"].samples], picture_names(folders["train"])
+    train = folders["train"]
+    paths, names = [train.path(index) for index in range(len(train))], train.names()
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")

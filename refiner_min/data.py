@@ -3,13 +3,13 @@
     load_subset(...) -> Subset of two splits (splits.MemorySplit, splits.StreamSplit, scenes.SceneSplit)
 
 A small set is decoded once and kept in memory; ImageNet, and a folder that is too large for that, streams.
-It imports pictures, splits, scenes, augment (what a stream does to its pictures) and label_store (the maps).
+It imports listing, pictures, splits, scenes, augment (what a stream does to its pictures), label_store (the maps) and
+distributed.
 """
 
 import os
 import shutil
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import ImageFolder, Imagenette
+from torchvision.datasets import Imagenette
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms.v2.functional import to_pil_image
 
-from refiner_min import UserError, some
+from refiner_min import UserError, distributed, locked, some
 from refiner_min.augment import StreamAugmentation, evaluation_picture
 from refiner_min.label_store import open_labels
+from refiner_min.listing import Listing, list_pictures
 from refiner_min.pictures import squash
 from refiner_min.scenes import SceneSplit
-from refiner_min.splits import MemorySplit, PictureMaps, StreamSplit, decode, picture_names
+from refiner_min.splits import MemorySplit, PictureMaps, StreamSplit, decode
 
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = ("digits", "digit-scenes")
@@ -109,7 +110,7 @@ def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = Fa
         folders = {"val": held} if only_val else {"train": rest, "val": held}
     store = open_labels(labels, classes) if labels is not None else None
     as_evaluated, stored = partial(evaluation_picture, size=size, crop=eval_crop), stored_size(size)
-    count = sum(len(folder.samples) for folder in folders.values())
+    count = sum(map(len, folders.values()))
     large = subset == "imagenet" or count * 3 * stored**2 > MEMORY_LIMIT
     if (storage or ("stream" if large else "memory")) == "stream":
         transforms = {"train": transform or StreamAugmentation(size), "val": as_evaluated}
@@ -129,17 +130,16 @@ def load_subset(subset: str, data: str | None, size: int, *, only_val: bool = Fa
     return Subset(subset, str(root), splits.get("train"), splits["val"], classes, **found)
 
 
-def _stream(folder: ImageFolder, transform, store, skip_bad: bool, **options) -> StreamSplit:
+def _stream(listing: Listing, transform, store, skip_bad: bool, **options) -> StreamSplit:
     maps = None
     if store is not None:
         if skip_bad:  # what the annotator could not read
-            named = zip(folder.samples, picture_names(folder))
-            folder.samples = [sample for sample, name in named if name not in store.skipped]
-        maps = PictureMaps(store, store.find(picture_names(folder)))
-    return StreamSplit(folder, transform, skip_bad=skip_bad, maps=maps, **options)
+            listing = listing.only([name not in store.skipped for name in listing.names()])
+        maps = PictureMaps(store, store.find(listing.names()))
+    return StreamSplit(listing, transform, skip_bad=skip_bad, maps=maps, **options)
 
 
-def open_folders(subset: str, data: str | None, splits=("train", "val")) -> tuple[Path, dict[str, ImageFolder], list]:
+def open_folders(subset: str, data: str | None, splits=("train", "val")) -> tuple[Path, dict[str, Listing], list]:
     """The set's folder, its splits by name and its classes. Arguments and UserError: as load_subset's."""
     if data is None and subset not in DOWNLOADS:
         raise UserError(f"--subset {subset} needs --data DIR, the folder that holds train/ and val/")
@@ -161,15 +161,10 @@ def held_out(labels: torch.Tensor, share: float) -> torch.Tensor:
     return held
 
 
-def _hold_out(folder: ImageFolder, share: float) -> tuple[ImageFolder, ImageFolder]:
-    """The folder without the pictures that are held out, and with those alone."""
-    held, parts = held_out(torch.tensor(folder.targets), share).tolist(), []
-    for wanted in (False, True):
-        part = copy(folder)
-        part.samples = [sample for sample, out in zip(folder.samples, held) if out is wanted]
-        part.targets = [label for _, label in part.samples]
-        parts.append(part)
-    return tuple(parts)
+def _hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
+    """The pictures without those that are held out, and those alone."""
+    held = held_out(torch.from_numpy(listing.labels), share).numpy()
+    return listing.only(~held), listing.only(held)
 
 
 def _digits(splits, size: int, eval_crop: float) -> Subset:
@@ -207,53 +202,57 @@ def _built_in_digits(hold_out: float = 0.0) -> list[tuple[torch.Tensor, torch.Te
 
 
 def _download(subset: str, root: Path = Path("data")) -> Path:
-    """The subset's folder below data/, downloaded if it is not there."""
+    """The subset's folder below data/, downloaded if it is not there, by one process for all."""
     name, url, md5 = DOWNLOADS[subset]
-    target, staging = root / name, root / f"{name}.download"
-    if target.exists():
-        return target
-    try:  # extracted aside and renamed, so that a folder found later is a whole one
-        shutil.rmtree(staging / name, ignore_errors=True)  # what an interrupted extraction left
+    target = root / name
+    with distributed.first_alone():
+        if target.exists():
+            return target
+        try:
+            root.mkdir(exist_ok=True)
+            with locked(root / f"{name}.lock"):
+                if not target.exists():
+                    _fetch(subset, target, url, md5)
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):  # it stays if there is something in it
+                root.rmdir()
+            raise UserError(f"no {subset} in {target}, and none could be downloaded from {url} ({error}); "
+                            f"--data DIR takes an extracted folder, and --subset digits works now") from None
+    return target
+
+
+def _fetch(subset: str, target: Path, url: str, md5: str):
+    """Download and extract aside, then rename, so that a folder found later is a whole one."""
+    staging = target.with_name(f"{target.name}.download")
+    shutil.rmtree(staging / target.name, ignore_errors=True)  # what an interrupted extraction left
+    try:
         if subset == "imagenette":
             staging.mkdir(parents=True, exist_ok=True)
             Imagenette(staging, size="160px", download=True)
         else:
             download_and_extract_archive(url, staging, md5=md5)
-        os.replace(staging / name, target)
+        os.replace(staging / target.name, target)
         shutil.rmtree(staging)
-    except (OSError, RuntimeError) as error:
-        for folder in (staging, root):
-            with suppress(OSError):  # it stays if there is something in it
-                folder.rmdir()
-        raise UserError(f"no {subset} in {target}, and none could be downloaded from {url} ({error}); "
-                        f"--data DIR takes an extracted folder, and --subset digits works now") from None
-    return target
+    finally:
+        with suppress(OSError):
+            staging.rmdir()
 
 
-def _open_folder(root: Path, split: str) -> ImageFolder:
+def _open_folder(root: Path, split: str) -> Listing:
     if not (root / split).is_dir():
         raise UserError(f"{root} has no folder {split}/: --data takes a folder that holds train/ and val/, "
                         f"each with one folder of pictures a class")
-    try:
-        folder = ImageFolder(root / split, allow_empty=True)
-    except FileNotFoundError:
-        raise UserError(f"{root / split} has no folders in it: one folder of pictures a class is expected") from None
-    real = {}
-    for path in {os.path.dirname(path) for path, _ in folder.samples}:
-        twin = real.setdefault(os.path.realpath(path), path)
-        if twin != path:
-            raise UserError(f"{path} and {twin} are one folder, by a link: its pictures would be read twice")
-    return folder
+    return list_pictures(root / split)
 
 
-def _check_folders(root: Path, folders: dict[str, ImageFolder], subset: str) -> list[str]:
+def _check_folders(root: Path, folders: dict[str, Listing], subset: str) -> list[str]:
     """The classes, if the splits agree on them and no class is empty."""
     sets = [set(folder.classes) for folder in folders.values()]
     only = sorted(set.union(*sets) - set.intersection(*sets))
     if only:
         raise UserError(f"{root}/train and {root}/val must hold the same classes; only one of them has {some(only)}")
     for split, folder in folders.items():
-        empty = sorted(set(range(len(folder.classes))) - set(folder.targets))
+        empty = sorted(set(range(len(folder.classes))) - set(folder.labels.tolist()))
         if empty:
             raise UserError(f"no pictures in {root / split} for {some([folder.classes[index] for index in empty])}")
     split, folder = next(iter(folders.items()))

@@ -105,6 +105,22 @@ def first_alone():
         dist.barrier()
 
 
+def from_first(make):
+    """What make() gives in the first process, in all of them; its UserError too."""
+    if not dist.is_initialized():
+        return make()
+    found = [None]
+    if is_main():
+        try:
+            found = [make()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
 def sum_over_processes(tensor) -> torch.Tensor:
     """tensor, in place, summed over the processes."""
     if dist.is_initialized():

@@ -3,12 +3,13 @@
     split.to(device), len(split), split.cropped (its pictures are as large as the images), split.note
     split.epoch(indices, batch_size, epoch) -> Batches of the pictures with these indices
 
-scenes.SceneSplit is a third one. It imports pictures, label_store (the maps that go with pictures), augment's Batch and
-hardware.
+scenes.SceneSplit is a third one. It imports listing, pictures, label_store (the maps that go with pictures),
+augment's Batch, hardware and distributed.
 """
 
 import atexit
 import hashlib
+import math
 import os
 import signal
 import weakref
@@ -22,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from refiner_min import UserError, hardware, replacing, seed_for, some
+from refiner_min import UserError, distributed, hardware, locked, replacing, seed_for, some
 from refiner_min.augment import Batch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
+from refiner_min.listing import Listing
 from refiner_min.pictures import SKIP_HINT, read_picture
 
 CACHE_FORMAT = 4
@@ -81,30 +82,32 @@ class MemorySplit:
             yield Batch(self.pictures[batch], self.aspects[batch], self.labels[batch], label_map)
 
 
-def picture_names(folder: ImageFolder) -> list[str]:
-    """CLASS/STEM of every picture: its path below the split without the suffix."""
-    return [Path(path).relative_to(folder.root).with_suffix("").as_posix() for path, _ in folder.samples]
-
-
-def decode(folder: ImageFolder, transform, size: int, name: str, skip_bad: bool) -> MemorySplit:
+def decode(listing: Listing, transform, size: int, name: str, skip_bad: bool) -> MemorySplit:
     """A folder's pictures as transform makes them, PIL picture -> (3, size, size) uint8, from the cache beside it if
-    that still fits them. name: says what transform does, in the name of the cache.
-    UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
-    root, samples = Path(folder.root), [(Path(path), label) for path, label in folder.samples]
-    listing = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}".encode())
-    for path, _ in samples:
-        listing.update(os.fsencode(path.relative_to(root)) + _version(path))
-    key = listing.hexdigest()
-    cache = root.with_name(f"refiner_min-{root.name}-{name}.pt")
-    if (kept := _kept(cache, key, size, len(samples))) is not None:
-        return kept
-    split = _decode(folder, transform, size, skip_bad)
+    that still fits them; of all processes that want it one makes it. name: says what transform does, in the name of the
+    cache. UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
+    content = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}".encode())
+    for index in range(len(listing)):
+        content.update(os.fsencode(listing.below(index)) + _version(Path(listing.path(index))))
+    cache = listing.root.with_name(f"refiner_min-{listing.root.name}-{name}.pt")
+    wanted = cache, content.hexdigest(), size, len(listing)
+    with distributed.first_alone():
+        if (kept := _kept(*wanted)) is not None:
+            return kept
+        with locked(f"{cache}.lock", f"{cache.name}.*.tmp"):
+            if (kept := _kept(*wanted)) is not None:  # made by another machine meanwhile
+                return kept
+            split = _decode(listing, transform, size, skip_bad)
+            _keep(split, cache, content.hexdigest())
+            return split
+
+
+def _keep(split: MemorySplit, cache: Path, key: str):
     try:
         with replacing(cache) as file:
             torch.save({"key": key, "split": (split.pictures, split.aspects, split.labels, split.names)}, file)
     except UserError as error:
         print(f"not cached, so the pictures will be decoded again next time: {error}")
-    return split
 
 
 def _version(path: Path) -> bytes:
@@ -132,7 +135,7 @@ def _kept(cache: Path, key: str, size: int, count: int) -> MemorySplit | None:
         return None
 
 
-def _decode(folder: ImageFolder, transform, size: int, skip_bad: bool) -> MemorySplit:
+def _decode(listing: Listing, transform, size: int, skip_bad: bool) -> MemorySplit:
     def read(path):
         try:
             picture = read_picture(path)
@@ -140,11 +143,12 @@ def _decode(folder: ImageFolder, transform, size: int, skip_bad: bool) -> Memory
             return str(error)
         return transform(picture), picture.width / picture.height
 
-    split, paths = Path(folder.root).name, [path for path, _ in folder.samples]
-    pictures = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    aspects, bad = torch.empty(len(paths)), {}
+    split, count = listing.root.name, len(listing)
+    pictures = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    aspects, bad = torch.empty(count), {}
     with ThreadPoolExecutor(hardware.available_cores()) as pool:
-        results = tqdm(pool.map(read, paths), f"decoding {split}", len(paths), unit=" pictures", disable=None)
+        results = pool.map(read, map(listing.path, range(count)))
+        results = tqdm(results, f"decoding {split}", count, unit=" pictures", disable=None)
         for index, result in enumerate(results):
             if not isinstance(result, str):
                 pictures[index], aspects[index] = result
@@ -153,14 +157,14 @@ def _decode(folder: ImageFolder, transform, size: int, skip_bad: bool) -> Memory
             else:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise UserError(f"{result}; {SKIP_HINT}")
-    labels, names = torch.tensor(folder.targets), picture_names(folder)
+    labels, names = torch.from_numpy(listing.labels), listing.names()
     if not bad:
         return MemorySplit(pictures, aspects, labels, names)
-    print(f"left out {len(bad)} of {len(paths)} in {split}: {some(list(bad.values()))}")
-    good = torch.tensor([index not in bad for index in range(len(paths))])
-    lost = sorted(set(folder.targets) - set(labels[good].tolist()))
+    print(f"left out {len(bad)} of {count} in {split}: {some(list(bad.values()))}")
+    good = torch.tensor([index not in bad for index in range(count)])
+    lost = sorted(set(labels.tolist()) - set(labels[good].tolist()))
     if lost:
-        raise UserError(f"no readable picture in {folder.root} for {some([folder.classes[index] for index in lost])}")
+        raise UserError(f"no readable picture in {listing.root} for {some([listing.classes[index] for index in lost])}")
     names = [name for index, name in enumerate(names) if index not in bad]
     return MemorySplit(pictures[good], aspects[good], labels[good], names)
 
@@ -181,19 +185,19 @@ class StreamSplit:
     cropped = True  # by the transform: the pictures of a batch are as large as the images
     note = ", streamed"
 
-    def __init__(self, folder: ImageFolder, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
+    def __init__(self, listing: Listing, transform, seed: int = 0, workers: int = 0, skip_bad: bool = False,
                  maps: PictureMaps | None = None, keep_workers: bool = True, pin_memory: bool = False):
-        self.samples, self.skip_bad, self.bad = folder.samples, skip_bad, set()
+        self.listing, self.skip_bad, self.bad = listing, skip_bad, set()
         self.device = torch.device("cpu")
-        self.batches = []  # of (index, epoch), filled anew for every epoch
+        self.batches = _Batches()
         self.loader = DataLoader(
-            _Samples(folder.samples, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
+            _Pictures(listing, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
             collate_fn=_collate, pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0,
             worker_init_fn=ignore_signals, timeout=WAIT if workers else 0,
             generator=torch.Generator())  # its own: training's is not drawn from
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.listing)
 
     def to(self, device) -> "StreamSplit":
         """The same split, with the same workers, whose batches are on the device."""
@@ -203,7 +207,7 @@ class StreamSplit:
 
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
-        self.batches[:] = [[(index, epoch) for index in batch.tolist()] for batch in indices.split(batch_size)]
+        self.batches.indices, self.batches.size, self.batches.epoch = indices, batch_size, epoch
         loaded = iter(self.loader)
         _WORKERS.update(getattr(loaded, "_workers", ()))  # none where this process reads itself
         for batch, bad in loaded:
@@ -223,16 +227,29 @@ class StreamSplit:
             tqdm.write(f"left out, {len(self.bad)} so far: {message}")
 
 
-class _Samples(Dataset):
-    def __init__(self, samples, transform, maps: PictureMaps | None, seed: int):
-        self.samples, self.transform, self.maps, self.seed = samples, transform, maps, seed
+class _Batches:
+    """What the workers are to read, drawn up as they go: (index, epoch) of each picture, a list a batch."""
+
+    indices, size, epoch = torch.empty(0, dtype=torch.long), 1, 0
+
+    def __iter__(self):
+        for batch in self.indices.split(self.size):
+            yield [(index, self.epoch) for index in batch.tolist()]
 
     def __len__(self):
-        return len(self.samples)
+        return math.ceil(len(self.indices) / self.size)
+
+
+class _Pictures(Dataset):
+    def __init__(self, listing: Listing, transform, maps: PictureMaps | None, seed: int):
+        self.listing, self.transform, self.maps, self.seed = listing, transform, maps, seed
+
+    def __len__(self):
+        return len(self.listing)
 
     def __getitem__(self, index_and_epoch):
         index, epoch = index_and_epoch
-        path, label = self.samples[index]
+        path, label = self.listing.path(index), torch.tensor(self.listing.labels[index])
         try:
             picture = read_picture(path)
         except UserError as error:
@@ -244,9 +261,9 @@ class _Samples(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for("picture", self.seed, epoch, index))
             if label_map is None:
-                return self.transform(picture), torch.tensor(1.0), torch.tensor(label)
+                return self.transform(picture), torch.tensor(1.0), label
             picture, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))
-            return picture, torch.tensor(1.0), torch.tensor(label), label_map, box
+            return picture, torch.tensor(1.0), label, label_map, box
 
 
 class _BadMap(str):

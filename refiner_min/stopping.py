@@ -4,18 +4,12 @@ Several processes ask each other now and then, so that all of them stop or save 
 one run at a time (claim). It imports distributed.
 """
 
-import os
 import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from refiner_min import UserError, distributed
-
-try:
-    import fcntl
-except ImportError:  # Windows: a folder is not guarded there
-    fcntl = None
+from refiner_min import UserError, distributed, locked
 
 ASK_EVERY = 20  # steps between two questions to the other processes
 AGAIN = 2.0  # seconds after which a Ctrl-C is a second one: launchers hand the first one on once more
@@ -76,18 +70,8 @@ def claim(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made ({error})") from None
-    if fcntl is None:
-        yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(folder / "lock", "*.tmp", wait=False):
+            yield
     except BlockingIOError:
-        os.close(lock)
         raise UserError(f"another process trains in {folder}: wait for it, or name another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(lock)

@@ -85,12 +85,16 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
         print(f"{args.subset}: on {hardware.describe(device)}{processes}")
         print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
     workers = args.workers if args.workers is not None else hardware.default_workers()
-    with distributed.first_alone():
-        subset = data.load_subset(
-            args.subset, args.data, recipe.img_size, only_val=args.eval, hold_out=recipe.hold_out, storage=args.storage,
-            grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers,
-            skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
-            transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
+    subset = data.load_subset(
+        args.subset, args.data, recipe.img_size, only_val=args.eval, hold_out=recipe.hold_out, storage=args.storage,
+        grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers,
+        skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
+        transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
+    for split in filter(None, (subset.train, subset.val)):
+        fewest, most = (sign * distributed.largest_over_processes(sign * len(split)) for sign in (-1, 1))
+        if fewest < most:
+            raise UserError(f"some processes find {fewest:,} pictures and others {most:,}: the machines' copies of "
+                            f"{subset.root} differ")
     if main:
         training = f"{len(subset.train):,} pictures to train on{subset.train.note}; " if not args.eval else ""
         print(f"{training}{len(subset.val):,} to validate, {len(subset.classes)} classes")

@@ -48,7 +48,7 @@ def test_what_is_held_out_is_a_part_of_each_class_and_is_not_trained_on(pictures
             kept = [whole.names.index(name) for name in subset.train.names]
             assert torch.equal(subset.train.pictures, whole.pictures[kept])
         else:
-            assert not set(subset.train.samples) & set(subset.val.samples)
+            assert not set(subset.train.listing.names()) & set(subset.val.listing.names())
         val = data.load_subset("folder", str(pictures), 16, hold_out=0.25, storage=storage, only_val=True)
         assert val.train is None and len(val.val) == 6
     digits, scenes = (data.load_subset(name, None, 32, hold_out=0.1) for name in ("digits", "digit-scenes"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from refiner_min import checkpoint, train
+from tests.pictures import CLASSES, make_folder
 from tests.runs import assert_same_runs, rows_of, run_of, small
 
 
@@ -103,6 +104,32 @@ def test_ranks_that_are_killed_twice_and_restarted_end_as_never_disturbed(pictur
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert_same_runs("whole", "killed")
+
+
+TWO_PLACES = """
+import os, sys
+from refiner_min import distributed, hardware, run_command
+from refiner_min.train import main
+def run():
+    rank = os.environ["RANK"]
+    return main([word.replace("RANK", rank) for word in sys.argv[1:]])
+run_command(run)
+"""
+
+
+@pytest.mark.slow
+def test_machines_whose_copies_differ_are_told(tmp_path):
+    """The first one's listing holds for all; what one of them cannot read is missing there alone."""
+    for rank in ("0", "1"):
+        make_folder(tmp_path / rank)
+    (tmp_path / "1" / "train" / CLASSES[0] / "3.png").write_bytes(b"half")
+    (tmp_path / "1" / "train" / CLASSES[1] / "more.png").write_bytes(b"not listed by the first")
+    Path("two_places.py").write_text(TWO_PLACES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two_places.py",
+               *small(tmp_path / "RANK", "--out", "two", "--batch-size", "4", "--skip-bad")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "error: some processes find 17 pictures and others 18: the machines' copies of " in done.stderr, done.stderr
+    assert done.returncode and not Path("two").exists()
 
 
 @pytest.mark.slow

@@ -1,8 +1,14 @@
 """__init__.py: what every part of the package shares."""
 
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
 
-from refiner_min import UserError, run_command, seed_for, some
+import refiner_min
+from refiner_min import UserError, locked, replacing, run_command, seed_for, some
 
 
 def test_seeds_are_the_same_on_every_machine_and_differ_by_stream_and_numbers():
@@ -26,3 +32,78 @@ def test_run_command(raised, status, capsys):
     with pytest.raises(SystemExit) as error:
         run_command(main)
     assert error.value.code == status
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    """Also from two machines whose processes have the same number."""
+    with replacing(tmp_path / "file") as one, replacing(tmp_path / "file") as two:
+        assert one.name != two.name
+        one.write(b"one")
+        two.write(b"two")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]  # which was renamed last
+
+
+HOLD = ("import sys, time\nfrom refiner_min import locked\n"
+        "with locked(sys.argv[1]): print('held', flush=True); time.sleep(60)")
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path, holder):
+    with pytest.raises(BlockingIOError):
+        with locked(tmp_path / "lock", wait=False):
+            raise AssertionError("held twice")
+    held = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "lock"):
+            held.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not held.wait(0.3)
+    holder.kill()
+    waiting.join(timeout=10)
+    assert held.is_set() and not list(tmp_path.iterdir())  # no lock is left, though its first holder was killed
+
+
+def test_those_that_wait_for_a_lock_hold_it_one_after_the_other(tmp_path):
+    """Each removes the file when it is done, while others wait for it."""
+    inside, most = [], []
+
+    def work():
+        for _ in range(30):
+            with locked(tmp_path / "lock"):
+                inside.append(None)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert max(most) == 1 and len(most) == 120 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    def refuse(*words):
+        raise OSError("no locks")
+
+    monkeypatch.setattr(refiner_min.fcntl, "flock", refuse)
+    with locked(tmp_path / "lock"), locked(tmp_path / "lock", wait=False):
+        pass
+    with locked(tmp_path / "no folder" / "lock"):
+        pass
+    monkeypatch.setattr(refiner_min, "fcntl", None)
+    with locked(tmp_path / "lock"):
+        pass

@@ -87,13 +87,10 @@ def test_a_folder_is_for_one_process_and_a_kill_gives_it_back(tmp_path):
     assert Path("file").read_text() == "precious"
 
 
-def test_a_file_system_without_locks(monkeypatch):
-    def refuse(*words):
-        raise OSError("no locks")
-
-    monkeypatch.setattr(stopping.fcntl, "flock", refuse)
+def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else():
+    Path("run").mkdir()
+    for name in ("last.pt", "last.pt.other-1-00000000.tmp", "mine.txt"):
+        Path("run", name).write_bytes(b"")
     with claim(Path("run")):
-        assert Path("run").is_dir()
-    monkeypatch.setattr(stopping, "fcntl", None)
-    with claim(Path("run")):
-        pass
+        assert {path.name for path in Path("run").iterdir()} == {"last.pt", "mine.txt", "lock"}
+    assert not Path("run/lock").exists()
