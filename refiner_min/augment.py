@@ -258,28 +258,66 @@ class RandAugment:
         return picture, places
 
 
+class Crop(NamedTuple):
+    """A part of a picture of width x height pixels, and how it is resized."""
+
+    box: tuple[int, int, int, int]  # left, top, width, height
+    of: tuple[int, int]  # width, height
+    interpolation: v2.InterpolationMode
+
+    def enough(self, size: int) -> tuple[int, int]:
+        """The smallest width and height of the whole picture from which this part can well be resized to size: twice
+        as large, as Pillow's thumbnails are made."""
+        share = min(2 * size / min(self.box[2:]), 1)
+        return tuple(max(math.ceil(side * share), 1) for side in self.of)
+
+    def fractions(self) -> torch.Tensor:
+        """The part as x1, y1, x2, y2 (4,), fractions of the picture's sides."""
+        left, top, width, height = self.box
+        return torch.tensor([left, top, left + width, top + height]) / torch.tensor(self.of * 2)
+
+    def cut(self, picture: Image.Image, size: int) -> Image.Image:
+        """The part as (size, size), of the picture, or of the same one decoded smaller, where it begins and ends
+        between two pixels."""
+        left, top, width, height = self.box
+        if picture.size == self.of:
+            return v2.functional.resized_crop(picture, top, left, height, width, [size, size], self.interpolation)
+        box = [float(share) * side for share, side in zip(self.fractions(), picture.size * 2)]
+        return picture.resize((size, size), SAMPLINGS[self.interpolation.value], box)
+
+
 class StreamAugmentation:
     """The published recipe's picture side: a random crop with a random interpolation, a flip, and RandAugment.
 
     picture -> (3, size, size) uint8. picture and its LabelMap, (k, H, W) each -> those two and the crop's box (4,) in
     the map; flip and RandAugment then come before the crop, and change both, as published.
+    Without a map the crop can be drawn first (draw), so that no more of a picture is decoded than it needs.
     """
 
     MODES = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC
 
-    def __init__(self, size: int, area=(0.08, 1.0), flip: float = 0.5, magnitude: float = 9):
-        self.size, self.flip = size, flip
-        self.crops = [v2.RandomResizedCrop(size, scale=area, interpolation=mode) for mode in self.MODES]
+    def __init__(self, size: int, area=(0.08, 1.0), flip: float = 0.5, magnitude: float = 9, draft: bool = True):
+        self.size, self.flip, self.draft = size, flip, draft
+        self.cropping = v2.RandomResizedCrop(size, scale=area)
         self.randaugment = RandAugment(magnitude) if magnitude else None
 
-    def __call__(self, picture: Image.Image, label_map: LabelMap | None = None):
+    def __call__(self, picture: Image.Image, label_map: LabelMap | None = None, crop: Crop | None = None):
         if label_map is None:
-            picture, _ = self.change(self.crop(picture)[0])
+            crop = crop or self.draw(*picture.size)
+            picture, _ = self.change(crop.cut(picture, self.size))
             return v2.functional.pil_to_tensor(picture)
         picture, theta = self.change(picture)
         changed = warp_map(LabelMap(*(plane[None] for plane in label_map)), theta[None])
-        image, box = self.crop(picture)
-        return v2.functional.pil_to_tensor(image), LabelMap(*(plane[0] for plane in changed)), box
+        crop = self.draw(*picture.size)
+        image = v2.functional.pil_to_tensor(crop.cut(picture, self.size))
+        return image, LabelMap(*(plane[0] for plane in changed)), crop.fractions()
+
+    def draw(self, width: int, height: int) -> Crop:
+        """A random part of a picture of that size."""
+        interpolation = self.MODES[int(torch.randint(2, ()))]
+        params = self.cropping.make_params([torch.empty(0, height, width)])  # asked for its size only
+        box = tuple(params[side] for side in ("left", "top", "width", "height"))
+        return Crop(box, (width, height), interpolation)
 
     def change(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
         """Flip and RandAugment; and theta (2, 3), for warp_map to do the same to the label map."""
@@ -292,12 +330,3 @@ class StreamAugmentation:
         to_pixels = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]]).double() * sides[:, None]
         theta = torch.linalg.inv(to_pixels) @ places @ to_pixels  # from -1 to 1
         return picture, theta[:2] * torch.tensor([[-1.0 if flipped else 1.0], [1.0]])
-
-    def crop(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
-        """A random part as (size, size), and its box (4,): x1, y1, x2, y2 as fractions of the picture's sides."""
-        crop = self.crops[int(torch.randint(2, ()))]
-        params = crop.make_params([picture])
-        top, left, height, width = (params[side] for side in ("top", "left", "height", "width"))
-        image = v2.functional.resized_crop(picture, top, left, height, width, [self.size] * 2, crop.interpolation)
-        sides = torch.tensor([picture.width, picture.height] * 2)
-        return image, torch.tensor([left, top, left + width, top + height]) / sides

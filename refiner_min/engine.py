@@ -65,7 +65,8 @@ def make_mixing(recipe: Recipe, num_classes: int):
 
 def make_stream_augmentation(recipe: Recipe) -> StreamAugmentation:
     """What the workers of a streamed set do to a picture."""
-    return StreamAugmentation(recipe.img_size, (recipe.crop_min, recipe.crop_max), recipe.flip, recipe.randaugment)
+    return StreamAugmentation(recipe.img_size, (recipe.crop_min, recipe.crop_max), recipe.flip, recipe.randaugment,
+                              recipe.draft)
 
 
 def make_augmentation(recipe: Recipe, split) -> Augmentation:

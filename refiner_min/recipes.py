@@ -10,7 +10,7 @@ import torch
 
 from refiner_min import UserError, hardware, model
 
-VERSION = 2  # of what recipes mean: a run that was begun with another is not gone on with
+VERSION = 3  # of what recipes mean: a run that was begun with another is not gone on with
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 
 
@@ -54,6 +54,8 @@ class Recipe:
     cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0)
     crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's", 0.001, 1)
     crop_max: float = option(1.0, "largest; above 1 zooms out (sets in memory)", 0.001)
+    draft: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop needs no more "
+                         "(streamed sets); not as published")
     flip: float = option(0.5, "probability of a mirrored picture", 0, 1)
     turn: float = option(0.0, "degrees to either side (sets in memory)", 0, 180)
     colour: float = option(0.0, "strength of brightness, contrast and saturation changes", 0, 1)

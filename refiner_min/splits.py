@@ -243,27 +243,35 @@ class _Batches:
 class _Pictures(Dataset):
     def __init__(self, listing: Listing, transform, maps: PictureMaps | None, seed: int):
         self.listing, self.transform, self.maps, self.seed = listing, transform, maps, seed
+        self.draft = getattr(transform, "draft", False) and maps is None
 
     def __len__(self):
         return len(self.listing)
 
     def __getitem__(self, index_and_epoch):
         index, epoch = index_and_epoch
-        path, label = self.listing.path(index), torch.tensor(self.listing.labels[index])
-        try:
-            picture = read_picture(path)
-        except UserError as error:
-            return str(error)
-        try:
-            label_map = None if self.maps is None else self.maps.read([index])
-        except UserError as error:
-            return _BadMap(error)
+        label, crop = torch.tensor(self.listing.labels[index]), None
+
+        def enough(width, height):
+            nonlocal crop
+            crop = self.transform.draw(width, height)
+            return crop.enough(self.transform.size)
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for("picture", self.seed, epoch, index))
-            if label_map is None:
-                return self.transform(picture), torch.tensor(1.0), label
-            picture, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))
-            return picture, torch.tensor(1.0), label, label_map, box
+            try:
+                picture = read_picture(self.listing.path(index), enough=enough if self.draft else None)
+            except UserError as error:
+                return str(error)
+            if self.maps is None:
+                image = self.transform(picture) if crop is None else self.transform(picture, crop=crop)
+                return image, torch.tensor(1.0), label
+            try:
+                label_map = self.maps.read([index])
+            except UserError as error:
+                return _BadMap(error)
+            image, label_map, box = self.transform(picture, LabelMap(*(plane[0] for plane in label_map)))
+            return image, torch.tensor(1.0), label, label_map, box
 
 
 class _BadMap(str):

@@ -80,7 +80,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("a bad map left out as a bad picture", "splits", "return _BadMap(error)", "return str(error)"),
     ("validation scenes with training's layouts", "data", "seed=0, stream=\"validation scenes\")",
      "seed=0)", "scenes"),
-    ("box of a stream in pixels", "augment", "torch.tensor([picture.width, picture.height] * 2)", "1.0"),
+    ("box of a stream in pixels", "augment", "torch.tensor(self.of * 2)", "1.0"),
     ("maps of other pictures", "splits", "self.maps.read(here.numpy())", "self.maps.read(here.numpy() * 0)"),
     ("scenes the same in every epoch", "scenes", "seed_for(self.stream, self.seed, epoch)", "self.seed"),
     ("scenes of training and validation of one seed's digits", "data",
@@ -179,6 +179,12 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("two runs in one folder", "__init__", "fcntl.LOCK_EX |", "fcntl.LOCK_SH |"),
     ("a lock that was removed meanwhile", "__init__", "if os.path.samefile(path, file.fileno()):", "if True:"),
     ("unfinished files stay", "stopping", '"*.tmp", wait', '"*.none", wait'),
+    ("a picture on its side decoded by its other side", "pictures", "ExifTags.Base.Orientation, 1) > 4", "1, 1) > 4"),
+    ("decoded smaller than the crop needs", "augment", "share = min(2 * size / min", "share = min(size / min"),
+    ("crop of a smaller picture not scaled", "augment", "picture.size * 2)]", "self.of * 2)]"),
+    ("all of a photograph decoded", "splits", "enough=enough if self.draft else None", "enough=None"),
+    ("maps with pictures decoded smaller", "splits", 'getattr(transform, "draft", False) and maps is None',
+     'getattr(transform, "draft", False)'),
     ("a listing kept whatever has changed", "listing", "if same and facts", "if facts"),
     ("folders below a class are not looked at", "listing", 'folders[place[start:]] = _changed(place)',
      'folders[name] = _changed(os.path.join(root, name))'),
@@ -264,8 +270,8 @@ def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") ->
     """Run a module's tests, or others, in a copy of the project in which instead has taken the place of there."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
-        left_out = shutil.ignore_patterns(".*", "build", "runs", "labels", "__pycache__", "data")
-        shutil.copytree(ROOT, project, ignore=left_out)
+        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "build", "runs", "labels", "__pycache__",
+                                                                     "imagenette2*"))  # which data/ holds
         if there:
             path = project / "refiner_min" / f"{file}.py"
             path.write_text(path.read_text().replace(there, instead))

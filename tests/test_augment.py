@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import resized_crop
 
 from refiner_min import augment
 from refiner_min.augment import (
@@ -100,15 +101,30 @@ def test_boxes_are_as_the_crops_of_streamed_pictures(area, ratio, aspect):
     picture = Image.new("L", (round(600 * aspect), 600))
     size = torch.tensor([picture.width, picture.height] * 2)
     stream = StreamAugmentation(8, area)
-    for crop_ in stream.crops:
-        crop_.ratio = ratio
-    streamed = torch.stack([stream.crop(picture)[1] for _ in range(4000)])
+    stream.cropping.ratio = ratio
+    streamed = torch.stack([stream.draw(*picture.size).fractions() for _ in range(4000)])
     decoded = random_boxes(torch.full((4000,), picture.width / picture.height), area, ratio)
     quantiles = torch.linspace(0.02, 0.98, 9)
     for one, two in zip((streamed * size).T, (decoded * size).T):
         torch.testing.assert_close(one.quantile(quantiles), two.quantile(quantiles), atol=0.035 * size.max(), rtol=0)
     for boxes in (streamed, decoded):
         assert boxes.min() > -1e-6 and boxes.max() < 1 + 1e-6
+
+
+def test_a_crop_is_torchvisions_and_the_same_place_of_a_picture_decoded_smaller():
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 256, (15, 20, 3), np.uint8)).resize((800, 600))
+    for _ in range(20):
+        part = StreamAugmentation(32).draw(800, 600)
+        left, top, width, height = part.box
+        expected = resized_crop(picture, top, left, height, width, [32, 32], part.interpolation)
+        assert np.array_equal(part.cut(picture, 32), expected)
+        enough = part.enough(32)
+        assert min(width * enough[0] / 800, height * enough[1] / 600) >= min(64, width, height) - 1e-6
+        smaller = part.cut(picture.resize(enough), 32)
+        assert np.abs(np.asarray(smaller).astype(int) - np.asarray(expected)).mean() < 3
+    assert StreamAugmentation(32).draw(20, 30).enough(32) == (20, 30)  # never enlarged
 
 
 def test_boxes_above_one_surround_the_picture():

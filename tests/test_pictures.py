@@ -28,6 +28,23 @@ def test_a_photo_is_read_upright(tmp_path):
     assert read_picture(tmp_path / "photo.jpg").size == (4, 8)
 
 
+@pytest.mark.parametrize("kind, enough, size", [
+    ("jpg", (80, 60), (80, 60)), ("jpg", (81, 60), (160, 120)), ("jpg", (161, 1), (320, 240)),
+    ("jpg", (1, 1), (40, 30)), ("png", (40, 30), (320, 240))])
+def test_no_more_of_a_jpeg_is_decoded_than_is_enough(tmp_path, kind, enough, size):
+    """Its size is that of the upright picture, before and after."""
+    colours = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = Image.fromarray(colours).resize((320, 240) if orientation == 1 else (240, 320))
+        stored.save(tmp_path / f"photo.{kind}", exif=exif, quality=95)
+        picture = read_picture(tmp_path / f"photo.{kind}", enough=lambda *all: enough if all == (320, 240) else None)
+        assert picture.size == size
+        whole = read_picture(tmp_path / f"photo.{kind}").resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(whole)).mean() < 2
+
+
 @pytest.mark.parametrize("values, expected", [(0, 0), (65535, 255), (256 * 100 + 7, 100), (255, 0)])
 def test_sixteen_bits_are_scaled(tmp_path, values, expected):
     Image.fromarray(np.full((4, 8), values, dtype=np.uint16)).save(tmp_path / "deep.png")

@@ -157,6 +157,27 @@ def test_a_stream_depends_on_seed_and_epoch_not_on_workers(streamed):
     assert torch.equal(torch.get_rng_state(), state)  # the workers' chance is not training's
 
 
+def test_a_stream_decodes_no_more_of_a_photograph_than_its_crop_needs(tmp_path):
+    """The same crop of it; with maps, which are changed before the crop, and in validation all of it is decoded."""
+    root = make_folder(tmp_path / "set")
+    names = names_of(root)
+    for path in sorted(root.rglob("*.png")):
+        picture = Image.open(path).resize((640, 480), Image.Resampling.BICUBIC)
+        path.unlink()
+        picture.save(path.with_suffix(".jpg"), quality=95)
+    store = pack_labels(tmp_path / "labels", names, *random_labels(18))
+
+    def first(draft, **options):
+        still = StreamAugmentation(16, flip=0.0, magnitude=0, draft=draft)
+        subset = data.load_subset("folder", str(root), 16, storage="stream", transform=still, **options)
+        return next(subset.train.epoch(torch.arange(18), 18)).pictures.float(), \
+            next(subset.val.epoch(torch.arange(9), 9)).pictures
+
+    (drafted, val), (whole, whole_val) = first(True), first(False)
+    assert 0 < (drafted - whole).abs().mean() < 2 and torch.equal(val, whole_val)
+    assert torch.equal(first(True, labels=str(store))[0], first(False, labels=str(store))[0])
+
+
 def test_a_streamed_validation_is_cropped_in_the_middle(streamed):
     split = data.load_subset("folder", str(streamed), 16, eval_crop=0.8).val
     pictures, aspects, labels, *_ = next(split.epoch(torch.arange(2), 2))
