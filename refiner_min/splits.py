@@ -72,14 +72,23 @@ class MemorySplit:
 
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices; nothing in them depends on the epoch."""
-        on_device = indices.to(self.labels.device)
-        for batch, here in zip(on_device.split(batch_size), indices.split(batch_size)):
-            label_map = None
-            if self.maps is not None:
-                planes = self.maps.read(here.numpy())
-                pinned = (plane.pin_memory() if self.labels.is_cuda else plane for plane in planes)
-                label_map = LabelMap(*(plane.to(self.labels.device, non_blocking=True) for plane in pinned))
+        batches = indices.split(batch_size)
+        for batch, label_map in zip(indices.to(self.labels.device).split(batch_size), self._maps(batches)):
             yield Batch(self.pictures[batch], self.aspects[batch], self.labels[batch], label_map)
+
+    def _maps(self, batches):
+        """Each batch's label maps on the device, read from disk while the batch before is trained on."""
+        if self.maps is None:
+            yield from [None] * len(batches)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.maps.read, batches[0].numpy())
+            for following in (*batches[1:], None):
+                planes = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self.maps.read, following.numpy())
+                pinned = (plane.pin_memory() if self.labels.is_cuda else plane for plane in planes)
+                yield LabelMap(*(plane.to(self.labels.device, non_blocking=True) for plane in pinned))
 
 
 def decode(listing: Listing, transform, size: int, name: str, skip_bad: bool) -> MemorySplit:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from refiner_min import UserError, data, splits
 from refiner_min.augment import StreamAugmentation
+from refiner_min.label_store import LabelMap
 from tests.pictures import CLASSES, make_folder, names_of, pack_labels, random_labels
 from tests.runs import small
 
@@ -281,6 +283,27 @@ def test_label_maps_come_with_their_pictures(tmp_path, monkeypatch):
                 assert torch.equal(batch.label_map.ids, torch.from_numpy(ids[here]))
                 assert batch.boxes is None if limit != 1000 else batch.boxes.shape == (len(here), 4)
             assert next(subset.val.epoch(torch.arange(2), 2)).label_map is None
+
+
+def test_maps_are_read_while_the_batch_before_is_trained_on():
+    logits, ids = torch.zeros(6, 1, 2, 2), torch.arange(24).view(6, 1, 2, 2)
+    asked, went_on = [], threading.Event()
+
+    class Store:
+        def read(self, keys):
+            asked.append(keys.tolist())
+            if len(asked) == 2:
+                went_on.set()
+            return LabelMap(logits[keys], ids[keys])
+
+    split = splits.MemorySplit(torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.ones(6), torch.zeros(6).long(),
+                               maps=splits.PictureMaps(Store(), np.arange(6)))
+    batches = split.epoch(torch.tensor([5, 0, 3, 1]), 2)
+    first = next(batches)
+    assert went_on.wait(10)  # without being asked for the second batch
+    assert torch.equal(first.label_map.ids, ids[[5, 0]])
+    assert torch.equal(next(batches).label_map.ids, ids[[3, 1]])
+    assert next(batches, None) is None and asked == [[5, 0], [3, 1]]
 
 
 def test_a_stream_with_maps_depends_on_seed_and_epoch_not_on_workers(streamed):
