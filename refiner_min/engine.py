@@ -2,11 +2,13 @@
 
 The pieces stand in the order in which training uses them. Source of the steps: timm's training script as the published
 code runs it; the code is ours.
-It imports model, data, augment, relabel, recipes, checkpoint, evaluation, records, stopping, hardware and distributed.
+It imports model, data, augment, relabel, recipes, checkpoint, evaluation, memory, records, stopping, hardware and
+distributed.
 """
 
 import math
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from refiner_min import UserError, checkpoint, distributed, hardware, records, s
 from refiner_min.augment import Augmentation, Batch, StreamAugmentation, erase
 from refiner_min.data import Subset
 from refiner_min.evaluation import evaluate
+from refiner_min.memory import recompute_maps
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
@@ -117,14 +120,16 @@ class LossWatch:
 
 class Run:
     """A training run: the model, its average, the optimizer and how far they are. Everything that is random in a step
-    is drawn from a seed made of the run's seed and the step, so no state of a generator needs to be kept."""
+    is drawn from a seed made of the run's seed and the step, so no state of a generator needs to be kept.
+    accumulate: this process takes the shares of so many, one after the other, before it moves the weights."""
 
     def __init__(self, recipe: Recipe, subset: Subset, net: RefinerViT, device: torch.device, out: Path,
-                 compiled: bool = False, eval_batch: int | None = None):
+                 compiled: bool = False, eval_batch: int | None = None, accumulate: int = 1,
+                 checkpoint_maps: bool = False):
         self.recipe, self.device, self.out = recipe, device, out
         self.subset = replace(subset, train=subset.train.to(device), val=subset.val.to(device))
-        self.rank, self.world = distributed.rank(), distributed.world()
-        self.local_batch = recipe.batch_size // self.world  # pictures a step in this process
+        self.rank, self.world, self.accumulate = distributed.rank(), distributed.world(), accumulate
+        self.local_batch = recipe.batch_size // (self.world * accumulate)  # pictures at once in this process
         self.eval_batch = eval_batch or self.local_batch
         self.steps_per_epoch = len(subset.train) // recipe.batch_size
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if recipe.sync_bn and self.world > 1 else net
@@ -133,6 +138,8 @@ class Run:
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
         self.wrapped = torch.compile(self.wrapped) if compiled else self.wrapped
         self.ema = deepcopy(self.model).eval() if recipe.ema else None
+        if checkpoint_maps:
+            recompute_maps(self.model)
         self.averaged = [[value for value in net.state_dict().values() if value.is_floating_point()]
                          for net in (self.ema, self.model) if net is not None]
         groups = parameter_groups(self.model, recipe.weight_decay)
@@ -142,7 +149,7 @@ class Run:
         self.augment = make_augmentation(recipe, subset.train)
         self.mix = make_mixing(recipe, len(subset.classes))
         self.criterion = TokenLabelLoss(recipe.dense_weight, recipe.smoothing)
-        self.step, self.history, self.loss = 0, [], LossWatch(device)
+        self.step, self.part, self.history, self.loss = 0, 0, [], LossWatch(device)  # part: of a step, of accumulate
         self.seconds, self.since = 0.0, time.perf_counter()  # of the epoch under way until then
 
     @property
@@ -174,6 +181,7 @@ class Run:
         return {"subset": self.subset.name, "data": self.subset.root, "recipe_version": VERSION,
                 "recipe": asdict(self.recipe), "config": asdict(self.model.config), "classes": self.subset.class_names,
                 "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world,
+                "accumulate": self.accumulate,
                 "storage": self.subset.storage, "relabel": self.subset.relabel, "annotator": self.subset.annotator}
 
     def state(self) -> dict:
@@ -199,19 +207,24 @@ class Run:
             self.loss.total.copy_(state["loss"])
 
     def order(self, epoch: int) -> torch.Tensor:
-        """This process's share of the epoch's pictures, batch by batch; the incomplete last batch is left out."""
+        """This process's share of the epoch's pictures, batch by batch; the incomplete last batch is left out. With
+        accumulate it is the shares of several, each step's one after the other."""
         generator = torch.Generator().manual_seed(seed_for("order", self.recipe.seed, epoch))
         order = torch.randperm(len(self.subset.train), generator=generator)
-        return order[: self.steps_per_epoch * self.recipe.batch_size].view(-1, self.world)[:, self.rank]
+        order = order[: self.steps_per_epoch * self.recipe.batch_size]
+        shares = order.view(self.steps_per_epoch, -1, self.world, self.accumulate)
+        return shares[:, :, self.rank].transpose(1, 2).flatten()
 
     def train_epoch(self, stop: StopRequest, bar: tqdm, clock: SaveClock):
         """Train to the end of the epoch, or to the end of the step in which stopping is asked for."""
         self.wrapped.train()
         self.since = time.perf_counter()
         epoch, start = divmod(self.step, self.steps_per_epoch)
-        rest = self.order(epoch)[start * self.local_batch:]
+        rest = self.order(epoch)[start * self.local_batch * self.accumulate:]
         for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
             self.train_batch(batch)
+            if self.part:
+                continue
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
@@ -234,8 +247,9 @@ class Run:
         clock.restart()
 
     def train_batch(self, batch: Batch):
-        """One step on a batch of the training split."""
-        torch.manual_seed(seed_for("step", self.recipe.seed, self.step, self.rank))
+        """One step on a batch of the training split, or a part of one."""
+        share = self.rank * self.accumulate + self.part
+        torch.manual_seed(seed_for("step", self.recipe.seed, self.step, share))
         batch = self.augment(batch)
         images, labels = self.mix(batch.pictures, self.labels(batch))
         self.train_step(erase(images, self.recipe.erasing) if self.recipe.erasing else images, labels)
@@ -250,19 +264,29 @@ class Run:
         return Labels(image, tokens if wanted else None)
 
     def train_step(self, images, labels: Labels):
-        """One step on images (B, channels, S, S) and their labels."""
+        """One step on images (B, channels, S, S) and their labels; of accumulate parts the last one moves the weights.
+        """
+        if self.part == 0:
+            self.optimizer.zero_grad()
+        last = self.part + 1 == self.accumulate
+        with nullcontext() if last or self.world == 1 else self.wrapped.no_sync():  # gradients meet in the last part
+            loss = self.loss_of(images, labels)
+            self.scaler.scale(loss / self.accumulate).backward()
+        self.loss.add(loss, len(images), self.step)
+        self.part = 0 if last else self.part + 1
+        if last:
+            if self.update_weights():
+                self.scheduler.step()
+                self.update_average()
+            self.step += 1
+
+    def loss_of(self, images, labels: Labels) -> torch.Tensor:
+        """The mean loss of the images."""
         grid = self.model.config.grid
         box = mix_token_box(grid, float(torch.rand(()))) if self.recipe.mix_token else None
         with hardware.autocast(self.device, self.recipe.amp):
             output = self.wrapped(images, None if box is None else torch.tensor(box))
-        loss = self.criterion(output, labels, 0.0 if box is None else box_share(box, grid))
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if self.update_weights():
-            self.scheduler.step()
-            self.update_average()
-        self.loss.add(loss, len(images), self.step)
-        self.step += 1
+        return self.criterion(output, labels, 0.0 if box is None else box_share(box, grid))
 
     def update_weights(self) -> bool:
         """The optimizer's step; False if fp16's scaler left it out, because a gradient was not finite."""

@@ -23,6 +23,11 @@ from refiner_min.splits import readers_told
 from refiner_min.stopping import claim
 
 
+NOT_SAVED = {  # of the flags, with their defaults: how a run is done here and now, which a checkpoint does not say
+    "save_every": 20.0, "device": None, "workers": None, "compile": False, "skip_bad": False, "eval_batch_size": None,
+    "accumulate": 1, "checkpoint_maps": False}
+
+
 def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     """The command's own flags, and those of the recipe that were given."""
     parser = argparse.ArgumentParser(prog="python -m refiner_min.train", description="Train or evaluate a Refiner-ViT. "
@@ -38,6 +43,10 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores over the "
                         "processes on this machine, at most 16)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="each process takes its part of a batch "
+                        "in N parts: one GPU trains as N would, BatchNorm too; --batch-size stays")
+    parser.add_argument("--checkpoint-maps", action="store_true", help="compute refined maps again in the backward "
+                        "pass: the same numbers in less memory, and slower")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     parser.add_argument("--resume", metavar="PATH", nargs="?", const="",
                         help="go on with the run in this folder (default: that of --out); auto: with that of --out, or "
@@ -60,7 +69,7 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    for name, low in (("workers", 0), ("eval_batch_size", 1)):
+    for name, low in (("workers", 0), ("eval_batch_size", 1), ("accumulate", 1)):
         if known[name] is not None and known[name] < low:
             raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
     if not known["save_every"] > 0:
@@ -103,12 +112,14 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     return subset
 
 
-def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device):
+def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device, accumulate: int):
     """UserError: the recipe asks for what this set, as it is stored, or this machine cannot do."""
     if recipe.batch_size > len(subset.train):
         raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
-    if recipe.batch_size % distributed.world():
-        raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {distributed.world()} processes")
+    parts = distributed.world() * accumulate
+    if recipe.batch_size % parts:
+        what = f"{parts}, the processes times --accumulate {accumulate}" if accumulate > 1 else f"the {parts} processes"
+        raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of {what}")
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError("--sync-bn is for processes on GPUs: leave it out")
     if subset.storage == "stream":
@@ -171,12 +182,18 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     refuse_another(out)
     state = checkpoint.load(args.weights) if args.weights else None
     subset = open_subset(args, recipe, device)
-    check_fits(recipe, subset, device)
+    check_fits(recipe, subset, device, args.accumulate)
     net = build_model(recipe, len(subset.classes), subset.channels)
     if state is not None:
         same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000
         load_start(net, state, args.weights, same, args.eval_weights)
-    return Run(recipe, subset, net, device, out, args.compile, local_batch(args.eval_batch_size))
+    return Run(recipe, subset, net, device, out, **options_of(args))
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What a Run is told besides its recipe: how this machine does it."""
+    return dict(compiled=args.compile, eval_batch=local_batch(args.eval_batch_size), accumulate=args.accumulate,
+                checkpoint_maps=args.checkpoint_maps)
 
 
 def begin(run: Run, arguments: list[str]):
@@ -222,13 +239,16 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
     net = build_model(recipe, len(subset.classes), subset.channels)
-    run = Run(recipe, subset, net, device, path.parent, args.compile, local_batch(args.eval_batch_size))
+    check_fits(recipe, subset, device, args.accumulate)
+    run = Run(recipe, subset, net, device, path.parent, **options_of(args))
     own = ("classes", "pictures", "annotator", "storage")
     check_saved(state, {name: run.origin()[name] for name in own}, path)
     run.restore(state)
-    if run.rank == 0 and state["processes"] != run.world:
-        print(f"begun with {state['processes']} processes, it goes on with {run.world}: the order of the pictures "
-              f"stays, BatchNorm counts over {run.local_batch} pictures now, and augmentation draws other numbers")
+    parts, now = state["processes"] * state["accumulate"], run.world * run.accumulate
+    if run.rank == 0 and parts != now:
+        print(f"begun with a batch in {parts} parts (processes, times --accumulate), it goes on with {now}: the order "
+              f"of the pictures stays, BatchNorm counts over {run.local_batch} pictures now, and augmentation draws "
+              f"other numbers")
     return run
 
 
@@ -290,7 +310,12 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
             config = run.model.config
             print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
                   f"{config.img_size} px in {config.grid**2} patches", flush=True)
-        status = fit(run, records.command_line(resuming(args, run.out)), args.save_every)
+        try:
+            status = fit(run, records.command_line(resuming(args, run.out)), args.save_every)
+        except torch.OutOfMemoryError:
+            raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the GPU's "
+                            f"memory: --accumulate {2 * run.accumulate} takes a batch in more parts, and "
+                            f"--checkpoint-maps needs less for each; --resume {run.out} goes on with them") from None
         if status == 0 and run.rank == 0:
             finish(run, arguments)
     return status
@@ -304,10 +329,11 @@ def begun(out: Path) -> bool:
 
 def resuming(args: argparse.Namespace, out: Path) -> list[str]:
     """The arguments that go on with the run: what the checkpoint does not hold, as it was given."""
-    words = ["--resume", str(out)] + ["--save-every", f"{args.save_every:g}"] * (args.save_every != 20)
-    for name in ("device", "workers", "compile", "skip_bad", "eval_batch_size"):
+    words = ["--resume", str(out)]
+    for name, default in NOT_SAVED.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)] if value not in (None, False) else []
+        if value is not default and value != default:
+            words += [flag] if value is True else [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
 
 
@@ -322,7 +348,7 @@ def main(arguments=None) -> int:
                 return 0
             return train(args, given, device, arguments)
         except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is too small: try a smaller --batch-size or --img-size") from None
+            raise UserError("the GPU's memory is too small: try a smaller --eval-batch-size or --img-size") from None
 
 
 if __name__ == "__main__":

@@ -132,6 +132,62 @@ def test_processes_share_a_batch(pictures):
         assert sorted(batch.tolist()) == sorted(one.tolist() + two.tolist())
 
 
+def test_one_process_takes_the_shares_of_several(pictures):
+    """Of the same pictures, in each step one share after the other, each with the chance of its process."""
+    run = run_of(pictures, "--batch-size", "8")
+    run.world, run.local_batch = 4, 2
+    shares = []
+    for run.rank in range(4):
+        shares.append(run.order(0).split(2))
+    alone = run_of(pictures, "--batch-size", "8", "--accumulate", "4")
+    assert alone.local_batch == 2
+    for step, here in enumerate(alone.order(0).split(8)):
+        assert here.tolist() == torch.cat([share[step] for share in shares]).tolist()
+    two = run_of(pictures, "--batch-size", "8", "--accumulate", "2")
+    two.world, two.local_batch = 2, 2
+    for two.rank in range(2):
+        for step, here in enumerate(two.order(0).split(4)):
+            assert here.tolist() == torch.cat([shares[2 * two.rank + part][step] for part in range(2)]).tolist()
+
+
+def test_the_chance_of_a_part_is_that_of_its_process(pictures, monkeypatch):
+    drawn = {}
+    for name, parts, world in (("one", 6, 1), ("two", 3, 2)):
+        run = run_of(pictures, "--batch-size", "12", "--accumulate", str(parts))
+        for run.rank in range(world):
+            run.world, run.step, run.part = world, 1, 0
+            for run.part in range(parts):
+                monkeypatch.setattr(run, "train_step", lambda *words, name=name, run=run: drawn.setdefault(
+                    name, []).append(torch.initial_seed()))
+                run.train_batch(next(run.subset.train.epoch(torch.arange(2), 2)))
+    assert drawn["one"] == drawn["two"] and len(set(drawn["one"])) == 6
+
+
+def test_accumulated_parts_make_one_step(pictures, monkeypatch):
+    """Of 24 pictures in 3 parts of 8: the weights, their average and the schedule, to 1e-9 in float64."""
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
+    torch.set_default_dtype(torch.float64)
+    try:
+        runs = [run_of(pictures, "--batch-size", "24", "--amp", "off", "--ema", "0.9", *flags)
+                for flags in ((), ("--accumulate", "3"))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for run in runs:
+        run.wrapped.train()
+    for step in range(10):
+        torch.manual_seed(step)
+        images, labels = torch.randn(24, 3, 16, 16, dtype=torch.float64), torch.arange(24) % 3
+        for run, parts in zip(runs, (1, 3)):
+            for part, (some, theirs) in enumerate(zip(images.chunk(parts), labels.chunk(parts))):
+                assert run.part == part and run.step == step
+                run.train_step(some, Labels(theirs))
+    whole, parted = runs
+    assert whole.step == parted.step == whole.scheduler.last_epoch == parted.scheduler.last_epoch == 10
+    assert whole.loss.mean() == pytest.approx(parted.loss.mean(), abs=1e-12) and parted.loss.total[1] == 240
+    for one, two in zip(whole.averaged[0] + whole.averaged[1], parted.averaged[0] + parted.averaged[1]):
+        torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
+
+
 def test_the_mean_loss_is_a_mean_over_pictures():
     watch = engine.LossWatch(CPU)
     watch.add(torch.tensor(1.0), 10, 0)

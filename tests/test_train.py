@@ -53,7 +53,9 @@ def test_flags_of_a_stream_reach_it(pictures):
     split = run.subset.train
     assert (split.loader.num_workers, split.skip_bad, split.loader.dataset.seed) == (1, True, 0)
     stream = split.loader.dataset.transform
-    assert (stream.randaugment.magnitude, stream.flip, stream.crops[0].scale) == (3, 0.2, (0.4, 1.0))
+    assert (stream.randaugment.magnitude, stream.flip, stream.cropping.scale) == (3, 0.2, (0.4, 1.0))
+    assert stream.draft and not run_of(
+        pictures, "--storage", "stream", "--workers", "0", "--no-draft").subset.train.loader.dataset.draft
     assert run.augment.area is None and run.augment.colour == 0.1
     score = run.evaluate()
     assert 0 < score.loss < 10 and 0 <= score.right <= score.count == 12
@@ -67,6 +69,8 @@ def test_flags_of_a_stream_reach_it(pictures):
     (["--crop-min", "0.9", "--crop-max", "0.5"], "--crop-min 0.9 must not be above --crop-max 0.5"),
     (["--workers", "-1"], "--workers -1 must be at least 0"),
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
+    (["--accumulate", "0"], "--accumulate 0 must be at least 1"),
+    (["--accumulate", "3"], "--batch-size 10 must be a multiple of 3, the processes times --accumulate 3"),
     (["--batch-size", "1000"], "--batch-size 1000 is larger than the 24 training pictures"),
     (["--img-size", "17"], "patch_size=8 must divide img_size=17"),
     (["--linear", "--share"], "linear=True, unrefined=False: not with refine=True, share=True"),
@@ -433,6 +437,41 @@ def test_saved_on_the_way_and_killed_is_as_never_stopped(pictures, monkeypatch):
     assert checkpoint.load("killed/last.pt")["loss"][1] == 10  # pictures of the epoch so far
     assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
     assert_same_runs("whole", "killed")
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_in_parts_stopped_and_gone_on_with(pictures, monkeypatch, capsys, parts):
+    """A run in parts ends with the same bits when it is stopped, and says so when it goes on with others."""
+    flags = ["--batch-size", "6", "--accumulate", "3", "--amp", "off"]
+    assert train.main(small(pictures, "--out", "whole", *flags)) == 0
+    step = engine.Run.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Run, "train_step", lambda run, *words: (
+            step(run, *words), run.step == 5 and run.part == 1 and os.kill(os.getpid(), signal.SIGTERM)))
+        assert train.main(small(pictures, "--out", "stopped", *flags)) == 143
+    said = capsys.readouterr().out
+    assert "stopped after step 6; to go on: python -m refiner_min.train --resume stopped" in said
+    assert "--accumulate 3" in said
+    assert train.main(["--resume", "stopped", "--device", "cpu", "--accumulate", str(parts)]) == 0
+    said = capsys.readouterr().out
+    assert ("begun with a batch in 3 parts (processes, times --accumulate), it goes on with 1: " in said) == (parts == 1)
+    if parts == 3:
+        assert_same_runs("whole", "stopped")
+
+
+def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
+    def full(run, *words):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Run, "train_step", full)
+        with pytest.raises(UserError, match="^5 pictures of 16 px at once are too many for the GPU's memory: "
+                                            "--accumulate 4 takes a batch in more parts, .* --resume big goes on"):
+            train.main(small(pictures, "--out", "big", "--accumulate", "2"))
+    assert train.main(["--resume", "big", "--device", "cpu", "--accumulate", "5"]) == 0
+    monkeypatch.setattr(train, "evaluate", full)
+    with pytest.raises(UserError, match="the GPU's memory is too small: try a smaller --eval-batch-size"):
+        train.main(small(pictures, "--out", "big", "--eval"))
 
 
 def test_a_first_save_that_failed_leaves_a_folder_that_can_be_used(pictures, monkeypatch):

@@ -1,0 +1,37 @@
+"""Training in less memory: refined maps are computed again in the backward pass instead of being kept.
+
+A refinement keeps several maps of E x N x N a picture for its gradients, E three times the heads: most of what a training
+step holds. It imports model.
+"""
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from refiner_min.model import RefinerViT
+
+
+def recompute_maps(network: RefinerViT):
+    """From now on every refinement of the network keeps its input alone and computes the rest again when gradients are
+    asked for: the same numbers, in less memory and more time."""
+    for block in network.blocks:
+        if block.attention.refinement is not None:
+            refinement = block.attention.refinement
+            refinement.forward = partial(
+                checkpoint, refinement.forward, use_reentrant=False, preserve_rng_state=False,  # nothing in it is random
+                context_fn=lambda refinement=refinement: (nullcontext(), _statistics_kept(refinement)))
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module):
+    """What is counted meanwhile, by BatchNorm, is counted on copies: the first pass has counted it."""
+    counted = [(module, dict(module._buffers)) for module in network.modules()]
+    for module, buffers in counted:
+        module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in counted:
+            module._buffers.update(buffers)
