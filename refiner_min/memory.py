@@ -1,7 +1,7 @@
 """Training in less memory: refined maps are computed again in the backward pass instead of being kept.
 
-A refinement keeps several maps of E x N x N a picture for its gradients, E three times the heads: most of what a training
-step holds. It imports model.
+A refinement keeps several maps of E x N x N a picture for its gradients, E being three times the heads: most of what a
+training step holds. It imports model.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -19,8 +19,8 @@ def recompute_maps(network: RefinerViT):
     for block in network.blocks:
         if block.attention.refinement is not None:
             refinement = block.attention.refinement
-            refinement.forward = partial(
-                checkpoint, refinement.forward, use_reentrant=False, preserve_rng_state=False,  # nothing in it is random
+            refinement.forward = partial(  # nothing in it is random
+                checkpoint, refinement.forward, use_reentrant=False, preserve_rng_state=False,
                 context_fn=lambda refinement=refinement: (nullcontext(), _statistics_kept(refinement)))
 
 

@@ -22,7 +22,6 @@ from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, pub
 from refiner_min.splits import readers_told
 from refiner_min.stopping import claim
 
-
 NOT_SAVED = {  # of the flags, with their defaults: how a run is done here and now, which a checkpoint does not say
     "save_every": 20.0, "device": None, "workers": None, "compile": False, "skip_bad": False, "eval_batch_size": None,
     "accumulate": 1, "checkpoint_maps": False}
@@ -313,8 +312,8 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
         try:
             status = fit(run, records.command_line(resuming(args, run.out)), args.save_every)
         except torch.OutOfMemoryError:
-            raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the GPU's "
-                            f"memory: --accumulate {2 * run.accumulate} takes a batch in more parts, and "
+            raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the "
+                            f"GPU's memory: --accumulate {2 * run.accumulate} takes a batch in more parts, and "
                             f"--checkpoint-maps needs less for each; --resume {run.out} goes on with them") from None
         if status == 0 and run.rank == 0:
             finish(run, arguments)

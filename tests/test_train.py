@@ -454,7 +454,8 @@ def test_in_parts_stopped_and_gone_on_with(pictures, monkeypatch, capsys, parts)
     assert "--accumulate 3" in said
     assert train.main(["--resume", "stopped", "--device", "cpu", "--accumulate", str(parts)]) == 0
     said = capsys.readouterr().out
-    assert ("begun with a batch in 3 parts (processes, times --accumulate), it goes on with 1: " in said) == (parts == 1)
+    told = "begun with a batch in 3 parts (processes, times --accumulate), it goes on with 1: " in said
+    assert told == (parts == 1)
     if parts == 3:
         assert_same_runs("whole", "stopped")
 
