@@ -84,12 +84,15 @@ class LossWatch:
     def __init__(self, device):
         self.device = device
         self.total = torch.zeros(2, dtype=hardware.widest_float(device), device=device)  # sum of losses, pictures
+        self.newest = torch.zeros_like(self.total)  # of these what was not asked for yet
         self.bad = torch.full((), math.inf, device=device)  # the first step whose loss was not finite
         self.shown, self.pending = math.nan, None
 
     def add(self, loss, count: int, step: int):
         loss = loss.detach()
-        self.total += torch.stack([loss * count, torch.full_like(loss, count)])
+        loss_and_count = torch.stack([loss * count, torch.full_like(loss, count)])
+        self.total += loss_and_count
+        self.newest += loss_and_count
         self.bad = torch.where(loss.isfinite(), self.bad, self.bad.clamp(max=step))
         if self.pending is None and (step % LOOK_EVERY == 0 or self.device.type == "cpu"):
             cuda = self.device.type == "cuda"
@@ -98,6 +101,12 @@ class LossWatch:
         if self.pending is not None and (self.pending[1] is None or self.pending[1].query()):
             (self.shown, bad), self.pending = self.pending[0].tolist(), None
             self.check(bad)
+
+    def recent(self) -> float:
+        """The mean loss a picture in this process since it was last asked for; waits for the device."""
+        loss, count = self.newest.tolist()
+        self.newest.zero_()
+        return loss / count
 
     def mean(self) -> float:
         """The mean loss a picture since the start; waits for the device. UserError if it was ever not finite.
@@ -215,16 +224,17 @@ class Run:
         shares = order.view(self.steps_per_epoch, -1, self.world, self.accumulate)
         return shares[:, :, self.rank].transpose(1, 2).flatten()
 
-    def train_epoch(self, stop: StopRequest, bar: tqdm, clock: SaveClock):
+    def train_epoch(self, stop: StopRequest, bar: tqdm, clock: SaveClock, log: records.StepLog):
         """Train to the end of the epoch, or to the end of the step in which stopping is asked for."""
         self.wrapped.train()
         self.since = time.perf_counter()
         epoch, start = divmod(self.step, self.steps_per_epoch)
         rest = self.order(epoch)[start * self.local_batch * self.accumulate:]
-        for batch in self.subset.train.epoch(rest, self.local_batch, epoch):
+        for batch in log.timed(self.subset.train.epoch(rest, self.local_batch, epoch)):
             self.train_batch(batch)
             if self.part:
                 continue
+            log.note()
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
@@ -314,7 +324,7 @@ class Run:
 # Training to the end
 
 
-def fit(run: Run, go_on: str, save_every: float = 20.0) -> int:
+def fit(run: Run, go_on: str, save_every: float, log: records.StepLog) -> int:
     """Train to the end, saving after every epoch and every so many minutes. Returns the exit status: 0, or 128 + the
     signal that ended it. go_on: the command that resumes the run, to be printed if it is stopped."""
     total, batch, main = run.recipe.epochs * run.steps_per_epoch, run.recipe.batch_size, run.rank == 0
@@ -326,11 +336,12 @@ def fit(run: Run, go_on: str, save_every: float = 20.0) -> int:
     with StopRequest() as stop, bar:
         while run.step < total:
             epoch = run.epoch
-            run.train_epoch(stop, bar, clock)
+            run.train_epoch(stop, bar, clock, log)
             loss = run.count_up()
             if run.epoch == epoch:  # stopped on the way
                 return stopped(run, stop, clock, go_on)
             finish_epoch(run, loss, clock)
+            log.show(run.history[-1])
             if run.step < total and stop.agreed(0):
                 return stopped(run, stop, clock, go_on)
     return 0

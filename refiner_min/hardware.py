@@ -2,12 +2,18 @@
 
 import os
 import platform
+import sys
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from refiner_min import UserError, distributed
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -83,6 +89,15 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held at once so far: of a GPU by tensors, else by this process; 0 where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_cores() -> int:

@@ -1,4 +1,5 @@
-"""What a run leaves for people in its folder: config.json, metrics.csv and curves.png; and its table on the screen.
+"""What a run leaves for people in its folder: config.json, metrics.csv, curves.png and steps.csv; and its table on the
+screen.
 
 What it leaves to go on from is engine.Run.state, written by checkpoint. It imports distributed, hardware and plots.
 """
@@ -7,12 +8,13 @@ import platform
 import shlex
 import statistics
 import subprocess
+import time
 from pathlib import Path
 
 import torch
 import torchvision
 
-from refiner_min import __version__, distributed, hardware, replacing
+from refiner_min import UserError, __version__, distributed, hardware, replacing
 
 HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
 TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
@@ -38,6 +40,79 @@ def write_history(out: Path, history: list[dict], title: str):
     with replacing(out / "metrics.csv") as file:
         file.write("\n".join([*lines, ""]).encode())
     plots.save_figure(plots.training_curves(history, title), out / "curves.png")
+
+
+class StepLog:
+    """steps.csv: a line each so many steps, by which a run of days can be watched; and the same for TensorBoard. Of
+    several processes the first one writes, the speed of all, and its own loss, waiting and memory.
+
+    A line is of the steps since the line before, without evaluation. loss: the mean a picture, since the epoch began at
+    the earliest. waited: seconds for data, of the seconds. memory_gb: the largest so far, of the GPU or the process.
+    """
+
+    FIELDS = ("step", "epoch", "loss", "lr", "images_per_second", "seconds", "waited", "memory_gb")
+
+    def __init__(self, run, every: int = 0, tensorboard: bool = False):
+        """Goes on where the run does: lines of later steps, of a run that was killed, are dropped. every: 0 for none.
+        UserError: TensorBoard is not installed, or nothing can be written."""
+        self.run, self.every, self.path = run, every if distributed.is_main() else 0, run.out / "steps.csv"
+        self.board = _tensorboard(run) if tensorboard and distributed.is_main() else None
+        self.start()
+        if self.every:
+            there = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+            kept = [line for line in there if line.count(",") == len(self.FIELDS) - 1
+                    and (step := line.split(",")[0]).isdecimal() and int(step) <= run.step]
+            with replacing(self.path) as file:
+                file.write("\n".join([",".join(self.FIELDS), *kept, ""]).encode())
+
+    def start(self):
+        self.step, self.since, self.seconds, self.waited = self.run.step, time.perf_counter(), 0.0, 0.0
+
+    def timed(self, batches):
+        """The batches of an epoch, while it is counted how long it takes and how long each is waited for."""
+        self.since = asked = time.perf_counter()
+        try:
+            for batch in batches:
+                self.waited += time.perf_counter() - asked
+                yield batch
+                asked = time.perf_counter()
+        finally:
+            self.seconds += time.perf_counter() - self.since
+
+    def note(self):
+        """Write the line that is due after this step, if one is. UserError: it cannot be written."""
+        run = self.run
+        if not self.every or run.step % self.every:
+            return
+        seconds = self.seconds + time.perf_counter() - self.since
+        speed = (run.step - self.step) * run.recipe.batch_size / seconds
+        row = dict(zip(self.FIELDS, (
+            run.step, round(run.step / run.steps_per_epoch, 3), run.loss.recent(), run.scheduler.get_last_lr()[0],
+            round(speed, 1), round(seconds, 2), round(self.waited, 2),
+            round(hardware.peak_memory(run.device) / 1e9, 3))))
+        self.show(row)
+        try:
+            with open(self.path, "a") as file:
+                file.write(",".join(map(str, row.values())) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} could not be written ({error}); --resume {run.out} goes on when it can "
+                            f"be") from None
+        self.start()
+
+    def show(self, row: dict):
+        """Numbers of a step to TensorBoard, if it is wanted."""
+        if self.board is not None:
+            for name in set(row) - {"step", "epoch"}:
+                self.board.add_scalar(name, row[name], row["step"])
+            self.board.flush()
+
+
+def _tensorboard(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(run.out / "tensorboard", purge_step=run.step + 1)
 
 
 def facts(run, arguments: list[str]) -> dict:

@@ -24,7 +24,7 @@ from refiner_min.stopping import claim
 
 NOT_SAVED = {  # of the flags, with their defaults: how a run is done here and now, which a checkpoint does not say
     "save_every": 20.0, "device": None, "workers": None, "compile": False, "skip_bad": False, "eval_batch_size": None,
-    "accumulate": 1, "checkpoint_maps": False}
+    "accumulate": 1, "checkpoint_maps": False, "log_every": 100, "tensorboard": False}
 
 
 def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
@@ -52,6 +52,10 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
                         "begin it where there is none, so that one command starts a run and restarts it")
     parser.add_argument("--save-every", type=float, default=20.0, metavar="MINUTES", help="save on the way, too, not "
                         "after every epoch only (default: 20)")
+    parser.add_argument("--log-every", type=int, default=100, metavar="N", help="write a line each N steps to "
+                        "steps.csv (default: 100; 0: none): loss, speed, waiting for data, memory")
+    parser.add_argument("--tensorboard", action="store_true", help="write the same for TensorBoard, into the run's "
+                        "folder tensorboard/")
     parser.add_argument("--weights", metavar="PATH", help="start from these weights, ours or published")
     parser.add_argument("--finetune", action="store_true", help="train --weights on with a small learning rate, at a "
                         "larger --img-size for instance: on ImageNet with token labeling's settings")
@@ -68,7 +72,7 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    for name, low in (("workers", 0), ("eval_batch_size", 1), ("accumulate", 1)):
+    for name, low in (("workers", 0), ("eval_batch_size", 1), ("accumulate", 1), ("log_every", 0)):
         if known[name] is not None and known[name] < low:
             raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
     if not known["save_every"] > 0:
@@ -310,7 +314,8 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
             print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
                   f"{config.img_size} px in {config.grid**2} patches", flush=True)
         try:
-            status = fit(run, records.command_line(resuming(args, run.out)), args.save_every)
+            log = records.StepLog(run, args.log_every, args.tensorboard)
+            status = fit(run, records.command_line(resuming(args, run.out)), args.save_every, log)
         except torch.OutOfMemoryError:
             raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the "
                             f"GPU's memory: --accumulate {2 * run.accumulate} takes a batch in more parts, and "

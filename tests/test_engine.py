@@ -11,6 +11,7 @@ from tqdm import tqdm
 from refiner_min import UserError, checkpoint, engine, evaluation, hardware, train
 from refiner_min.model import RefinerOutput
 from refiner_min.recipes import Recipe, schedule
+from refiner_min.records import StepLog
 from refiner_min.relabel import Labels, box_share, pool_label_map
 from refiner_min.stopping import SaveClock, StopRequest
 from tests.pictures import random_labels
@@ -73,7 +74,7 @@ def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
     monkeypatch.setattr(run, "train_step", keep)
     run.mix = lambda images, labels: (images * 0 + 7, Labels(F.one_hot(labels.image, 3) / 2))
     with StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20), StepLog(run))
     assert len(seen) == 2
     for images, labels in seen:
         assert images.shape == (10, 3, 16, 16) and (images == 7).all()
@@ -206,7 +207,7 @@ def test_erasing_comes_after_mixing(pictures, monkeypatch):
     run.mix = lambda images, labels: (images * 0 + 7, labels)
     monkeypatch.setattr(run, "train_step", lambda images, labels: seen.append(images) or setattr(run, "step", 2))
     with StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20), StepLog(run))
     for images in seen:
         erased = (images != 7).any(dim=1).flatten(1).float().mean(dim=1)  # the share of each picture
         assert 0.01 < erased.min() and erased.max() < 0.6
@@ -306,7 +307,7 @@ def test_a_step_learns_from_the_pooled_labels(pictures, labels, monkeypatch):
     monkeypatch.setattr(run, "augment", keep_boxes)
     monkeypatch.setattr(run, "train_step", keep)
     with StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20), StepLog(run))
     assert len(seen) == 2
 
 

@@ -24,6 +24,7 @@ from refiner_min import checkpoint, distributed, engine, hardware, recipes, trai
 from refiner_min.engine import Run
 from refiner_min.evaluation import evaluate
 from refiner_min.model import refiner_vit_ti
+from refiner_min.records import StepLog
 from refiner_min.stopping import SaveClock, StopRequest
 from tests.runs import CPU, rows_of, small
 
@@ -65,7 +66,7 @@ def train_an_epoch(run: Run, monkeypatch, forbid, free: int = 0):
     monkeypatch.setattr(run.subset.train, "epoch", epoch)
     monkeypatch.setattr(engine, "LOOK_EVERY", 1)  # at the loss, in every step
     with StopRequest() as stop:
-        run.train_epoch(stop, tqdm(disable=True), SaveClock(20))
+        run.train_epoch(stop, tqdm(disable=True), SaveClock(20), StepLog(run))
     assert run.step == run.steps_per_epoch > 1
 
 
