@@ -8,6 +8,7 @@ augment's Batch, hardware and distributed.
 """
 
 import atexit
+import gc
 import hashlib
 import math
 import os
@@ -319,6 +320,8 @@ def kill_workers():
 
 
 def ignore_signals(worker: int):
-    """Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the main process to say."""
+    """Begin as a worker. Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the main process
+    to say. And what Python's collector would look through now and then, it shares with the main process until then."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()

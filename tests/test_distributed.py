@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from refiner_min import checkpoint, train
 from tests.pictures import CLASSES, make_folder
@@ -104,6 +105,64 @@ def test_ranks_that_are_killed_twice_and_restarted_end_as_never_disturbed(pictur
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert_same_runs("whole", "killed")
+
+
+FIFTY_STEPS = """
+import sys, torch
+from torch import nn
+from refiner_min import distributed, train
+from refiner_min.augment import normalise
+from refiner_min.records import StepLog
+from refiner_min.stopping import SaveClock
+from tqdm import tqdm
+torch.set_default_dtype(torch.float64)
+nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+class Stop:
+    def agreed(self, step): return step >= 50
+with distributed.process_group(torch.device("cpu")):
+    run = train.new_run(*train.parse(sys.argv[2:]), torch.device("cpu"))
+    run.augment = lambda batch: batch._replace(pictures=normalise(batch.pictures).double())
+    log = StepLog(run)
+    while run.step < 50:
+        run.train_epoch(Stop(), tqdm(disable=True), SaveClock(20), log)
+    if run.rank == 0:
+        torch.save({"model": run.model.state_dict(), "ema": run.ema.state_dict(), "lr": run.scheduler.get_last_lr(),
+                    "loss": run.loss.total}, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_and_parts_take_the_steps_of_one():
+    """50 steps on the digits in float64, without chance and with BatchNorm as in evaluation: the same to 1e-9."""
+    Path("steps.py").write_text(FIFTY_STEPS)
+    flags = ["--batch-size", "32", "--amp", "off", "--device", "cpu", "--depth", "2", "--dim", "48", "--out", "run"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launch, parts in (("one", [], 1), ("two", two, 1), ("parts", [], 4), ("both", two, 2)):
+        command = [sys.executable, *launch, "steps.py", name, *flags, "--accumulate", str(parts)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+    one, *others = (torch.load(name) for name in ("one", "two", "parts", "both"))
+    start = run_of_digits(flags).model.state_dict()
+    assert max((one["model"][name] - start[name]).abs().max() for name in start) > 0.01  # it has learnt
+    for other in others:
+        assert other["lr"] == one["lr"]
+        for part in ("model", "ema"):
+            for name, value in one[part].items():
+                torch.testing.assert_close(other[part][name], value, atol=1e-9, rtol=0)
+
+
+def run_of_digits(flags):
+    return train.new_run(*train.parse(flags), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_an_uneven_set_is_counted_exactly():
+    """355 pictures to validate by two processes."""
+    assert train.main(["--epochs", "1", "--out", "run", "--device", "cpu", "--depth", "2", "--dim", "48"]) == 0
+    row = rows_of("run")[0]
+    done = torchrun("--eval", "--weights", "run/best.pt", "--device", "cpu")
+    right = round(float(row["val_accuracy"]) * 355)
+    assert f"({right} of 355)" in done.stdout and f"loss {float(row['val_loss']):.4f}" in done.stdout, done.stderr
 
 
 TWO_PLACES = """
