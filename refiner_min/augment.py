@@ -249,9 +249,9 @@ class RandAugment:
                 drawn.append((name, min(max(level, 0.0), 10.0), sign, sampling))
         return drawn
 
-    def __call__(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
+    def __call__(self, picture: Image.Image, operations: list | None = None) -> tuple[Image.Image, torch.Tensor]:
         places = torch.eye(3, dtype=torch.float64)
-        for name, level, sign, sampling in self.draw():
+        for name, level, sign, sampling in self.draw() if operations is None else operations:
             matrix = geometry(name, randaugment_argument(name, level, sign), *picture.size)
             places = places if matrix is None else places @ matrix
             picture = randaugment_operation(picture, name, level, sign, sampling)
@@ -276,14 +276,12 @@ class Crop(NamedTuple):
         left, top, width, height = self.box
         return torch.tensor([left, top, left + width, top + height]) / torch.tensor(self.of * 2)
 
-    def cut(self, picture: Image.Image, size: int) -> Image.Image:
-        """The part as (size, size), of the picture, or of the same one decoded smaller, where it begins and ends
-        between two pixels."""
-        left, top, width, height = self.box
-        if picture.size == self.of:
-            return v2.functional.resized_crop(picture, top, left, height, width, [size, size], self.interpolation)
-        box = [float(share) * side for share, side in zip(self.fractions(), picture.size * 2)]
-        return picture.resize((size, size), SAMPLINGS[self.interpolation.value], box)
+    def cut(self, picture: Image.Image, size: int) -> torch.Tensor:
+        """The part as (channels, size, size) uint8, of the picture or of the same one decoded smaller, there to the
+        next pixel. torch resizes two to three times as fast as Pillow, by the same filters."""
+        box = [round(share * side) for share, side in zip(self.fractions().tolist(), picture.size * 2)]
+        part = picture.crop((*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
+        return v2.functional.resize(v2.functional.pil_to_tensor(part), [size, size], self.interpolation)
 
 
 class StreamAugmentation:
@@ -302,15 +300,28 @@ class StreamAugmentation:
         self.randaugment = RandAugment(magnitude) if magnitude else None
 
     def __call__(self, picture: Image.Image, label_map: LabelMap | None = None, crop: Crop | None = None):
-        if label_map is None:
-            crop = crop or self.draw(*picture.size)
-            picture, _ = self.change(crop.cut(picture, self.size))
-            return v2.functional.pil_to_tensor(picture)
-        picture, theta = self.change(picture)
+        if label_map is not None:
+            return self.with_map(picture, label_map)
+        image = (crop or self.draw(*picture.size)).cut(picture, self.size)
+        image = image.flip(2) if torch.rand(()) < self.flip else image
+        operations = self.randaugment.draw() if self.randaugment is not None else []
+        if operations:
+            picture, _ = self.randaugment(v2.functional.to_pil_image(image), operations)
+            image = v2.functional.pil_to_tensor(picture)
+        return image
+
+    def with_map(self, picture: Image.Image, label_map: LabelMap) -> tuple[torch.Tensor, LabelMap, torch.Tensor]:
+        size, flipped, places = picture.size, bool(torch.rand(()) < self.flip), torch.eye(3).double()
+        if flipped:
+            picture = v2.functional.horizontal_flip(picture)
+        if self.randaugment is not None:
+            picture, places = self.randaugment(picture)
+        to_pixels = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]]).double() * torch.tensor([[*size, 1]]).mT
+        theta = torch.linalg.inv(to_pixels) @ places @ to_pixels  # from -1 to 1
+        theta = theta[:2] * torch.tensor([[-1.0 if flipped else 1.0], [1.0]])
         changed = warp_map(LabelMap(*(plane[None] for plane in label_map)), theta[None])
         crop = self.draw(*picture.size)
-        image = v2.functional.pil_to_tensor(crop.cut(picture, self.size))
-        return image, LabelMap(*(plane[0] for plane in changed)), crop.fractions()
+        return crop.cut(picture, self.size), LabelMap(*(plane[0] for plane in changed)), crop.fractions()
 
     def draw(self, width: int, height: int) -> Crop:
         """A random part of a picture of that size."""
@@ -318,15 +329,3 @@ class StreamAugmentation:
         params = self.cropping.make_params([torch.empty(0, height, width)])  # asked for its size only
         box = tuple(params[side] for side in ("left", "top", "width", "height"))
         return Crop(box, (width, height), interpolation)
-
-    def change(self, picture: Image.Image) -> tuple[Image.Image, torch.Tensor]:
-        """Flip and RandAugment; and theta (2, 3), for warp_map to do the same to the label map."""
-        sides, places = torch.tensor([picture.width, picture.height, 1.0]).double(), torch.eye(3).double()
-        flipped = bool(torch.rand(()) < self.flip)
-        if flipped:
-            picture = v2.functional.horizontal_flip(picture)
-        if self.randaugment is not None:
-            picture, places = self.randaugment(picture)
-        to_pixels = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]]).double() * sides[:, None]
-        theta = torch.linalg.inv(to_pixels) @ places @ to_pixels  # from -1 to 1
-        return picture, theta[:2] * torch.tensor([[-1.0 if flipped else 1.0], [1.0]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import resized_crop
+from torchvision.transforms.v2.functional import pil_to_tensor, resized_crop
 
 from refiner_min import augment
 from refiner_min.augment import (
@@ -118,12 +118,12 @@ def test_a_crop_is_torchvisions_and_the_same_place_of_a_picture_decoded_smaller(
     for _ in range(20):
         part = StreamAugmentation(32).draw(800, 600)
         left, top, width, height = part.box
-        expected = resized_crop(picture, top, left, height, width, [32, 32], part.interpolation)
-        assert np.array_equal(part.cut(picture, 32), expected)
+        expected = pil_to_tensor(resized_crop(picture, top, left, height, width, [32, 32], part.interpolation)).int()
+        assert (part.cut(picture, 32) - expected).abs().max() <= 2
         enough = part.enough(32)
         assert min(width * enough[0] / 800, height * enough[1] / 600) >= min(64, width, height) - 1e-6
         smaller = part.cut(picture.resize(enough), 32)
-        assert np.abs(np.asarray(smaller).astype(int) - np.asarray(expected)).mean() < 3
+        assert (smaller - expected).float().abs().mean() < 8  # blocks of 40 pixels, next to each other by chance
     assert StreamAugmentation(32).draw(20, 30).enough(32) == (20, 30)  # never enlarged
 
 
