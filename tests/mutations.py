@@ -134,7 +134,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("pictures that another process left out not noted", "annotate", "distributed.gathered(left_out)", "[left_out]"),
     ("a signal not heeded while maps are made", "annotate", "if stop.agreed(0):", "if False:"),
     ("a store that several write at once", "annotate", "with claim(out) if main else nullcontext():",
-     "with nullcontext():"),
+     "with nullcontext(out.mkdir(parents=True, exist_ok=True)):"),
     ("a signal lost while it is asked for", "stopping", "self.signal = asked or self.signal",
      "self.signal = asked or None"),
     ("a begun store written over", "label_store", "if differing or not resume:", "if False:", "annotate"),
