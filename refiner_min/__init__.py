@@ -20,6 +20,7 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
 __version__ = "0.1.0"
+UNFINISHED = f"*-[0-9]*-{'[0-9a-f]' * 8}.tmp"  # the pattern of what replacing puts after a file's name
 
 
 class UserError(Exception):

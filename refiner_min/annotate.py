@@ -2,14 +2,20 @@
 
 The annotator is an ImageNet classifier whose head is applied at every position of its last feature map, before the
 pooling. Each training picture is squashed to a square whole, so that a crop's box in fractions means the same place in
-the picture and in its map; label_store.LabelWriter puts them on disk. Source: ReLabel, arXiv:2101.05022 (squashed
+the picture and in its map; label_store.LabelWriter puts them on disk. Several GPUs or machines, each its share of the
+batches: torchrun --nproc-per-node 8 -m refiner_min.annotate --subset imagenet --data DIR --resume
+Source: ReLabel, arXiv:2101.05022 (squashed
 pictures), and the published generate_label.py (top 5; it crops the centre, which its crops then miss).
 """
 
 import argparse
+import shlex
+import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import closing, nullcontext
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -20,14 +26,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
 
-from refiner_min import UserError, data, hardware, plots, run_command, some
+from refiner_min import UserError, data, distributed, hardware, plots, run_command, some
 from refiner_min.label_store import LabelMap, LabelWriter, open_labels
+from refiner_min.listing import Listing
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
-from refiner_min.splits import ignore_signals, readers_told
+from refiner_min.splits import WAIT, ignore_signals, readers_told
+from refiner_min.stopping import StopRequest, claim
 
 TOP = 5  # logits kept a position
-SAVE_EVERY = 32  # batches
+SAVE_EVERY = 32  # batches of each process
 OFFLINE = "efficientnet-lite0"
 NO_LINEAR_HEAD = ("alexnet", "squeezenet*", "vgg*", "vit*")  # after a pooling to 1 x 1
 
@@ -163,55 +171,100 @@ def top_logits(logits):
 
 
 class _Squares(Dataset):
-    def __init__(self, paths: list[str], size: int):
-        self.paths, self.size = paths, size
+    """Batches of pictures: (first row, paths) -> first row, pictures (B, 3, S, S) uint8, and {index: what was wrong}.
 
-    def __len__(self):
-        return len(self.paths)
+    A worker stacks them, since every tensor that it hands over takes a file descriptor, and is sent the paths, since a
+    list that it only looks into becomes its own copy."""
 
-    def __getitem__(self, index):  # (3, S, S) uint8, or what was wrong with the picture
-        try:
-            return squash(read_picture(self.paths[index]), self.size)
-        except UserError as error:
-            return str(error)
+    def __init__(self, size: int):
+        self.size = size
+
+    def __getitem__(self, batch):
+        first, paths = batch
+        pictures, bad = torch.zeros(len(paths), 3, self.size, self.size, dtype=torch.uint8), {}
+        for index, path in enumerate(paths):
+            try:
+                pictures[index] = squash(read_picture(path), self.size)
+            except UserError as error:
+                bad[index] = str(error)
+        return first, pictures, bad
 
 
 @torch.no_grad()
 def make_maps(annotator: Annotator, columns, pictures) -> LabelMap:
-    """Pictures (B, 3, S, S) uint8 -> their maps over the classes in columns, on the CPU."""
-    device = annotator.mean.device
-    with hardware.autocast(device, hardware.hardware_amp(device)):
-        logits = annotator(pictures.to(device))[..., columns.to(device)]  # (B, H, W, K)
-    return LabelMap(*(plane.cpu() for plane in top_logits(logits)))
+    """Pictures (B, 3, S, S) uint8 -> their maps over the classes in columns, on the device of annotator and columns."""
+    with hardware.autocast(columns.device, hardware.hardware_amp(columns.device)):
+        logits = annotator(pictures.to(columns.device, non_blocking=True))[..., columns]  # (B, H, W, K)
+    return LabelMap(*top_logits(logits))
 
 
-def annotate(annotator: Annotator, columns, paths: list[str], names: list[str], store: LabelWriter, size: int,
-             batch_size: int, workers: int, skip_bad: bool):
-    """Make the maps that the store has not got yet. UserError: a picture that cannot be read."""
-    first, blank = store.facts["done"], torch.zeros(3, size, size, dtype=torch.uint8)
-    loader = DataLoader(_Squares(paths[first:], size), batch_size, num_workers=workers, collate_fn=list,
-                        worker_init_fn=ignore_signals)
-    try:
-        with tqdm(total=len(paths), initial=first, unit=" pictures", disable=None) as bar:
-            for number, batch in enumerate(loader, 1):
-                bad = {row: picture for row, picture in enumerate(batch) if isinstance(picture, str)}
-                if bad and not skip_bad:
-                    raise UserError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
-                pictures = torch.stack([blank if row in bad else picture for row, picture in enumerate(batch)])
-                start = store.facts["done"]
-                store.add(make_maps(annotator, columns, pictures), [names[start + row] for row in bad])
-                bar.update(len(batch))
+def make_all(annotator: Annotator, columns, loader):
+    """Yield the first row, the LabelMap on the CPU and what was wrong of every batch, one batch late: a GPU makes the
+    next one's maps while they are written."""
+    on_gpu, before = columns.is_cuda, None
+    for first, pictures, bad in loader:
+        planes = make_maps(annotator, columns, pictures)
+        maps = LabelMap(*(plane.to("cpu", non_blocking=on_gpu) for plane in planes))  # into pinned memory
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        if before is not None:
+            yield _arrived(*before)
+        before = copied, (first, maps, bad)
+    if before is not None:
+        yield _arrived(*before)
+
+
+def _arrived(copied, batch):
+    if copied is not None:
+        copied.synchronize()
+    return batch
+
+
+def annotate(annotator: Annotator, columns, pictures: Listing, names: list[str], store: LabelWriter, size: int,
+             batch_size: int, workers: int, skip_bad: bool) -> tuple[int, int | None]:
+    """Make the maps that the store has not got yet, or as many as until a signal. Of several processes each takes every
+    so manieth batch; what is in a batch, and so its maps to the last bit, depends on no number of processes.
+    Returns how many there are, and the signal. UserError: a picture that cannot be read."""
+    done, before, left_out = store.facts["done"], list(store.facts["skipped"]), []
+    firsts = range(done, len(pictures), batch_size)
+    mine = ((first, [pictures.path(row) for row in range(first, min(first + batch_size, len(pictures)))])
+            for first in firsts[distributed.rank()::distributed.world()])
+    loader = DataLoader(_Squares(size), batch_size=None, sampler=mine, num_workers=workers, pin_memory=columns.is_cuda,
+                        worker_init_fn=ignore_signals, timeout=WAIT if workers else 0)
+    bar = tqdm(total=len(pictures), initial=done, unit=" pictures", disable=None if distributed.is_main() else True)
+
+    def save():
+        store.sync()
+        rows = sorted(chain.from_iterable(distributed.gathered(left_out)))  # when all have synced
+        if distributed.is_main():
+            store.count(done, before + [names[row] for row in rows])
+
+    with StopRequest() as stop, bar, closing(make_all(annotator, columns, loader)) as made:
+        try:
+            for number, first in enumerate(firsts[::distributed.world()], 1):  # of a round, in which each has a batch
+                for row, maps, bad in islice(made, 1):  # in the last round not each
+                    if bad and not skip_bad:
+                        raise UserError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
+                    store.write(row, maps)
+                    left_out += [row + index for index in bad]
+                done = min(first + distributed.world() * batch_size, len(pictures))
+                bar.update(done - bar.n)
+                if stop.agreed(0):
+                    break
                 if number % SAVE_EVERY == 0:
-                    store.save()
-    finally:  # Ctrl-C, or a picture that cannot be read, costs nothing
-        store.save()
+                    save()
+        except BaseException:  # it costs one process nothing; of several this one cannot ask the others any more
+            if distributed.world() == 1:
+                save()
+            raise
+        save()
+    return done, stop.signal
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
-def check(folder: Path, classes: list[str], paths: list[str], names: list[str], count: int):
+def check(folder: Path, classes: list[str], pictures: Listing, names: list[str], count: int):
     """Draw some of the pictures with their maps into check.png of the store."""
     labels = open_labels(folder, classes)
     good = [index for index, name in enumerate(names) if name not in labels.skipped]
@@ -219,7 +272,7 @@ def check(folder: Path, classes: list[str], paths: list[str], names: list[str], 
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(chosen), 4)
     maps = labels.read(labels.find([names[index] for index in chosen]))
     _, tokens = pool_label_map(*maps, whole, len(classes), maps.ids.shape[3])
-    squares = [squash(read_picture(paths[index]), 224).permute(1, 2, 0).numpy() for index in chosen]
+    squares = [squash(read_picture(pictures.path(index)), 224).permute(1, 2, 0).numpy() for index in chosen]
     titles = [data.class_names([Path(names[index]).parts[0]])[0] for index in chosen]
     plots.save_figure(plots.label_maps(squares, tokens, data.class_names(classes), titles), folder / "check.png")
     print(f"drawn in {folder / 'check.png'}")
@@ -236,9 +289,10 @@ def parse(arguments=None) -> argparse.Namespace:
                              f"torchvision:NAME, such as torchvision:convnext_base")
     parser.add_argument("--size", type=int, default=448, help="pixels a side of the squashed pictures (default: 448)")
     parser.add_argument("--out", metavar="DIR", help="folder of the store (default: labels/SUBSET)")
-    parser.add_argument("--resume", action="store_true", help="go on with the store in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the store in --out, or begin "
+                        "it where there is none")
     parser.add_argument("--check", type=int, metavar="N", default=0, help="draw N pictures with their maps: check.png")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at once, of each process (default: 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--workers", type=int, default=hardware.default_workers(), help="processes that read pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
@@ -249,36 +303,73 @@ def parse(arguments=None) -> argparse.Namespace:
     return args
 
 
-def main(arguments=None) -> int:
-    args = parse(arguments)
-    device, out = hardware.choose_device(args.device), Path(args.out or f"labels/{args.subset}")
+def rounding(device: torch.device, batch_size: int) -> str:
+    """What the last digits of a map depend on, of all processes."""
+    amp = hardware.hardware_amp(device)
+    here = (f"{hardware.model_name(device)}, {'float32' if amp == 'off' else amp}, batches of {batch_size}, torch "
+            f"{torch.__version__}")
+    return " and ".join(sorted(set(distributed.gathered(here))))
+
+
+def make_store(args: argparse.Namespace, device: torch.device, arguments: list[str]) -> int:
+    """Begin a store or go on with one, to its end or until it is stopped. Returns the exit status."""
+    main, out = distributed.is_main(), Path(args.out or f"labels/{args.subset}")
     root, folders, classes = data.open_folders(args.subset, args.data)
-    columns = class_columns(classes)
-    train = folders["train"]
-    paths, names = [train.path(index) for index in range(len(train))], train.names()
+    columns, pictures = class_columns(classes).to(device), folders["train"]
+    with distributed.first_alone():  # downloads
+        annotator = make_annotator(args.annotator).to(device)
+    names = pictures.names()
     if len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise UserError(f"{root}/train holds two pictures {twice} that differ in their suffix only: rename one")
-    annotator = make_annotator(args.annotator).to(device)
     try:
         shape = make_maps(annotator, columns, torch.zeros(1, 3, args.size, args.size)).logits.shape[1:]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UserError(f"{args.annotator} does not take --size {args.size} ({str(error).splitlines()[0]})") from None
-    facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "shape": list(shape),
-             "batch_size": args.batch_size}
-    store = LabelWriter(out, facts, names, args.resume)
-    print(f"{args.annotator} on {hardware.describe(device)}: {len(names):,} maps of {shape[1]} x {shape[2]} positions, "
-          f"{store.facts['done']:,} are there", flush=True)
-    started, before = time.perf_counter(), store.facts["done"]
-    with readers_told():
-        annotate(annotator, columns, paths, names, store, args.size, args.batch_size, args.workers, args.skip_bad)
-    seconds, made = time.perf_counter() - started, len(names) - before
+    facts = {"annotator": args.annotator, "size": args.size, "classes": classes, "shape": list(shape)}
+    made = rounding(device, args.batch_size)
+    with claim(out) if main else nullcontext():
+        begun = distributed.from_first(lambda: LabelWriter.begin(out, facts, names, made, args.resume))
+        store = LabelWriter(out, begun, names)
+        before, started = store.facts["done"], time.perf_counter()
+        if main:
+            processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+            print(f"{args.annotator} on {hardware.describe(device)}{processes}: {len(names):,} maps of {shape[1]} x "
+                  f"{shape[2]} positions, {before:,} are there", flush=True)
+            if len(store.facts["made"]) > 1:  # refusing would cost days, for a difference of rounding
+                ways = "; ".join(f"from {way['from']:,} on: {way['how']}" for way in store.facts["made"])
+                print(f"the maps of this store are not all rounded alike, as its labels.json says: {ways}", flush=True)
+        done, stopped = annotate(annotator, columns, pictures, names, store, args.size, args.batch_size, args.workers,
+                                 args.skip_bad)
+        if main and done < len(names):
+            go_on = shlex.join([*arguments, *["--resume"] * (not args.resume)])
+            print(f"stopped after {done:,} of {len(names):,} maps; to go on: "
+                  f"{distributed.launcher('refiner_min.annotate')} {go_on}")
+        elif main:
+            report(store, done - before, time.perf_counter() - started)
+            if args.check:
+                check(out, classes, pictures, names, args.check)
+    return 128 + stopped if done < len(names) else 0
+
+
+def report(store: LabelWriter, made: int, seconds: float):
     left_out = f", {len(store.facts['skipped'])} pictures left out" if store.facts["skipped"] else ""
-    print(f"{made:,} maps in {seconds / 60:.1f} minutes ({made / seconds:.1f} pictures/s){left_out}: {out}, "
-          f"{sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
-    if args.check:
-        check(out, classes, paths, names, args.check)
-    return 0
+    print(f"{made:,} maps in {seconds / 60:.1f} minutes ({made / seconds:.1f} pictures/s){left_out}: {store.folder}, "
+          f"{sum(file.stat().st_size for file in store.folder.iterdir()) / 1e6:.1f} MB")
+
+
+def main(arguments=None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parse(arguments)
+    device = hardware.choose_device(args.device)
+    with distributed.process_group(device), readers_told(), hardware.exact_float32():
+        try:
+            return make_store(args, device, arguments)
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU's memory is too small for --batch-size {args.batch_size} at --size {args.size}: "
+                            f"a smaller one goes on with --resume") from None
 
 
 if __name__ == "__main__":

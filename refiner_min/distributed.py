@@ -144,6 +144,15 @@ def largest_over_processes(number: int) -> int:
     return int(tensor)
 
 
+def gathered(value) -> list:
+    """The processes' values, the first one's first, of any type that can be pickled. They wait for each other."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def take_from_first(tensors):
     """Every tensor, in place, as the first process has it."""
     if dist.is_initialized():

@@ -83,12 +83,17 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def describe(device: torch.device) -> str:
-    """The hardware, for people."""
+def model_name(device: torch.device) -> str:
+    """What kind of device it is."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{device.type}, {name}"
+    return name if device.type == "cpu" else f"{device.type}, {name}"
+
+
+def describe(device: torch.device) -> str:
+    """The hardware, for people."""
+    return model_name(device) + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
 
 
 def peak_memory(device: torch.device) -> int:

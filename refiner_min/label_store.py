@@ -5,9 +5,11 @@ logits and their classes. A store holds those of a whole training split; its map
 Source: token labeling, arXiv:2104.10858; ReLabel, arXiv:2101.05022; the packed store is ours.
 """
 
+import errno
 import json
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,54 +107,75 @@ class PackedLabels:
 
 
 class LabelWriter:
-    """A packed store while it is written: whole batches, and now and then labels.json, which says how many rows count.
-    What a killed process left beyond them is written again."""
+    """A packed store while it is written, by one process or several, each its rows at their places in the files.
+    labels.json says how many of the first rows count; what killed processes left beyond them is written again."""
 
-    def __init__(self, folder: Path, facts: dict, names: list[str], resume: bool):
-        self.folder, self.facts = folder, facts | {"done": 0, "skipped": []}
+    @staticmethod
+    def begin(folder: Path, facts: dict, names: list[str], made: str, resume: bool) -> dict:
+        """What labels.json says of a new store, or of the one that is gone on with; one process asks, for all of them.
+        made: how the next rows are; with the row that each begins at, all of a store's ways stand in labels.json.
+        UserError: there is a store that is not to be gone on with, or it cannot be written."""
+        found = facts | {"done": 0, "skipped": [], "made": []}
         if (folder / PackedLabels.FACTS).exists():
-            self.facts, there = PackedLabels.describe(folder)
-            differing = [name for name, value in facts.items() if self.facts.get(name) != value]
+            found, there = PackedLabels.describe(folder)
+            differing = [name for name, value in facts.items() if found.get(name) != value]
             differing += ["pictures"] if there != names else []
             if differing or not resume:
                 why = f"it differs in {', '.join(differing)}" if differing else "--resume goes on with it"
-                raise UserError(f"{folder} holds {self.facts['done']} of {len(there)} label maps already and is not "
+                raise UserError(f"{folder} holds {found['done']} of {len(there)} label maps already and is not "
                                 f"written over: {why}, --out DIR begins another one")
-            PackedLabels.check_size(folder, self.facts)
-        try:
-            if not self.facts["done"]:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / PackedLabels.NAMES) as file:
-                    file.write(PackedLabels.pack(names))
-            self.files = [open(folder / name, "r+b" if self.facts["done"] else "wb")
-                          for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
-            for file in self.files:
-                file.seek(self.facts["done"] * 2 * math.prod(facts["shape"]))
-        except OSError as error:
-            raise UserError(f"{folder} cannot be used for the label maps ({error})") from None
-        self.save()
+            PackedLabels.check_size(folder, found)
+            found.setdefault("made", [{"from": 0, "how": "as an older version did"}])
+        ways = [way for way in found["made"] if way["from"] < found["done"]]
+        if found["done"] < len(names) and (not ways or ways[-1]["how"] != made):
+            ways.append({"from": found["done"], "how": made})
+        found["made"] = ways
+        with replacing(folder / PackedLabels.NAMES) as file:
+            file.write(PackedLabels.pack(names))
+        write_json(folder / PackedLabels.FACTS, found)
+        return found
 
-    def add(self, maps: LabelMap, skipped: list[str]):
-        """Write the next rows; skipped: the names among them that are not to be used. UserError: no room for them."""
+    def __init__(self, folder: Path, facts: dict, names: list[str]):
+        """facts: begin's. UserError: the store cannot be written, or was not begun for these pictures."""
+        self.folder, self.facts, self.row = folder, facts, 2 * math.prod(facts["shape"])  # bytes
+        try:
+            if (folder / PackedLabels.NAMES).read_bytes() != PackedLabels.pack(names):
+                raise ValueError("the processes do not find the same pictures")
+            for name in (PackedLabels.LOGITS, PackedLabels.IDS):
+                (folder / name).touch()
+            self.files = [open(folder / name, "r+b", buffering=0) for name in (PackedLabels.LOGITS, PackedLabels.IDS)]
+            for file in self.files:
+                file.truncate(len(names) * self.row)  # the same for whoever comes first: nothing is lost to another
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be used for the label maps ({error})") from None
+
+    def write(self, first: int, maps: LabelMap):
+        """The maps of a batch, at row first. UserError: no room for them."""
         if not maps.logits.half().isfinite().all():
             raise UserError(f"{self.facts['annotator']} gives logits that are not finite on this device: --device cpu")
-        for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
-            self._write(file, plane.numpy().astype(dtype).tobytes())
-        self.facts["done"] += len(maps.ids)
-        self.facts["skipped"] += skipped
+        with self._told():
+            for file, plane, dtype in zip(self.files, maps, ("<f2", "<i2")):
+                content = plane.numpy().astype(dtype).tobytes()
+                file.seek(first * self.row)
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def save(self):
-        """Let what was added count. UserError: no room."""
-        for file in self.files:
-            self._write(file, b"", sync=True)
+    def sync(self):
+        """See to it that what was written is on the disk. UserError: no room."""
+        with self._told():
+            for file in self.files:
+                os.fsync(file.fileno())
+
+    def count(self, done: int, skipped: list[str]):
+        """Let the first so many rows count, of which every process has synced its own; one process says so, for all.
+        skipped: the names among them that are not to be used. UserError: no room."""
+        self.facts |= {"done": done, "skipped": skipped}
         write_json(self.folder / PackedLabels.FACTS, self.facts)
 
-    def _write(self, file, content: bytes, sync: bool = False):
+    @contextmanager
+    def _told(self):
         try:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            yield
         except OSError as error:
             raise UserError(f"{self.folder} could not be written ({error}); --resume goes on when it can be") from None
 

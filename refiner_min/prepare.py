@@ -4,14 +4,13 @@
     val DIR --list FILE          ImageNet's flat DIR/val/*.JPEG sorted into DIR/val/CLASS/, by any of its lists
 
 Neither writes over a file, and both go on where a killed run ended. val checks all of its list before it moves a
-picture; shrink stops at a picture that cannot be read. One shrink at a time for a DST.
+picture; shrink stops at a picture that cannot be read.
 """
 
 import argparse
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from refiner_min import UserError, data, hardware, replacing, run_command, some, write_json
 from refiner_min.pictures import SKIP_HINT, read_picture
-from refiner_min.splits import ignore_signals
+from refiner_min.splits import WAIT, ignore_signals, readers_told
+from refiner_min.stopping import StopRequest, claim
 
 FACTS = "prepared.json"  # in a folder of copies: what must be the same to go on with it
 LISTED = re.compile(r"([^ ,\t]+)[ ,\t].*?\b(n\d{8})\b")  # a picture, and the first class after it
@@ -78,8 +78,9 @@ class _Copies(Dataset):
             return error
 
 
-def shrink(args: argparse.Namespace):
-    """Make the copies that are missing. UserError: SRC or DST will not do, or a picture cannot be read."""
+def shrink(args: argparse.Namespace) -> int:
+    """Make the copies that are missing, or as many as until a signal. Returns the exit status. UserError: SRC or DST
+    will not do, or a picture cannot be read."""
     source, target = args.source.resolve(), args.target.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise UserError(f"{target} cannot take copies of {source}: name a folder that is not inside the other")
@@ -92,15 +93,23 @@ def shrink(args: argparse.Namespace):
         raise UserError(f"{source} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
     facts = {"source": str(source), "size": args.size, "keep_shape": args.keep_shape, "quality": args.quality}
     open_target(target, facts, {os.path.dirname(copy) for copy in pictures})
+    with claim(target):
+        return copy_missing(source, target, pictures, args)
+
+
+def copy_missing(source: Path, target: Path, pictures: dict[str, str], args: argparse.Namespace) -> int:
+    """shrink's work: pictures are {copy: picture}."""
     found = set(files_below(target, ""))
     for name in found:
         if name.endswith(".tmp") and name.rsplit(".", 2)[0] in pictures:  # a killed process had not finished it
             (target / name).unlink(missing_ok=True)
     missing = [names for names in pictures.items() if names[0] not in found]
-    there, bad = len(pictures) - len(missing), 0
+    there = done = len(pictures) - len(missing)
+    bad = 0
     loader = DataLoader(_Copies(source, target, args), batch_size=16, sampler=missing, num_workers=args.workers,
-                        collate_fn=list, worker_init_fn=ignore_signals)
-    with tqdm(total=len(pictures), initial=there, unit=" pictures", disable=None) as bar:
+                        collate_fn=list, worker_init_fn=ignore_signals, timeout=WAIT if args.workers else 0)
+    bar = tqdm(total=len(pictures), initial=done, unit=" pictures", disable=None)
+    with StopRequest() as stop, bar, readers_told():
         for problems in loader:
             for problem in filter(None, problems):
                 if isinstance(problem, UserError):
@@ -108,8 +117,13 @@ def shrink(args: argparse.Namespace):
                 bad += 1
                 tqdm.write(f"left out, {bad} so far: {problem}")
             bar.update(len(problems))
+            done += len(problems)
+            if stop.agreed(0):
+                print(f"stopped after {done:,} of {len(pictures):,} pictures; the same command goes on")
+                return 128 + stop.signal
     megabytes = sum((target / name).stat().st_size for name in files_below(target)) / 1e6
     print(f"{len(pictures) - bad:,} pictures ({there:,} were there), {megabytes:.1f} MB, {bad:,} left out: {target}")
+    return 0
 
 
 def read_list(path: Path, names: list[str]) -> dict[str, str]:
@@ -195,12 +209,10 @@ def parse(arguments=None) -> argparse.Namespace:
 def main(arguments=None) -> int:
     args = parse(arguments)
     if args.command == "shrink":
-        shrink(args)
-    else:
-        sort_val(args.folder / "val", args.list)
+        return shrink(args)
+    sort_val(args.folder / "val", args.list)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as Ctrl-C does
     run_command(main)

@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from refiner_min import UserError, distributed, hardware, locked, replacing, seed_for, some
+from refiner_min import UNFINISHED, UserError, distributed, hardware, locked, replacing, seed_for, some
 from refiner_min.augment import Batch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.listing import Listing
@@ -104,7 +104,7 @@ def decode(listing: Listing, transform, size: int, name: str, skip_bad: bool) ->
     with distributed.first_alone():
         if (kept := _kept(*wanted)) is not None:
             return kept
-        with locked(f"{cache}.lock", f"{cache.name}.*.tmp"):
+        with locked(f"{cache}.lock", f"{cache.name}.{UNFINISHED}"):
             if (kept := _kept(*wanted)) is not None:  # made by another machine meanwhile
                 return kept
             split = _decode(listing, transform, size, skip_bad)

@@ -1,7 +1,7 @@
-"""What is asked of training from outside, between two steps: to stop (Ctrl-C, SIGTERM), and to save (the clock).
+"""What is asked of a command from outside, between two steps: to stop (Ctrl-C, SIGTERM), and to save (the clock).
 
 Several processes ask each other now and then, so that all of them stop or save after the same step; and a folder is for
-one run at a time (claim). It imports distributed.
+one command at a time (claim). It imports distributed.
 """
 
 import signal
@@ -9,14 +9,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from refiner_min import UserError, distributed, locked
+from refiner_min import UNFINISHED, UserError, distributed, locked
 
 ASK_EVERY = 20  # steps between two questions to the other processes
 AGAIN = 2.0  # seconds after which a Ctrl-C is a second one: launchers hand the first one on once more
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end training after the step; a second Ctrl-C ends it at once. However often SIGTERM comes (a
+    """Ctrl-C and SIGTERM end it after the step; a second Ctrl-C ends it at once. However often SIGTERM comes (a
     scheduler sends it to the launcher and to its processes, and the launcher sends it on), it is one."""
 
     def __enter__(self):
@@ -40,7 +40,9 @@ class StopRequest:
         if distributed.world() > 1:
             if step % ASK_EVERY:
                 return False
-            self.signal = distributed.largest_over_processes(self.signal or 0) or None
+            asked = distributed.largest_over_processes(self.signal or 0)
+            self.signal = asked or self.signal  # which may have come meanwhile, and is for the next time then
+            return asked > 0
         return self.signal is not None
 
 
@@ -71,7 +73,7 @@ def claim(folder: Path):
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made ({error})") from None
     try:
-        with locked(folder / "lock", "*.tmp", wait=False):
+        with locked(folder / "lock", f"*.{UNFINISHED}", wait=False):
             yield
     except BlockingIOError:
-        raise UserError(f"another process trains in {folder}: wait for it, or name another --out") from None
+        raise UserError(f"another process is at work in {folder}: wait for it, or name another folder") from None

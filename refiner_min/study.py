@@ -166,7 +166,8 @@ def run_all(runs: list[Planned]) -> int:
             continue
         print(f"\n{run.name}", flush=True)
         if "--relabel" in run.experiment.flags and not labels_are_made():
-            annotate.main(ANNOTATE.split())
+            if status := annotate.main(ANNOTATE.split()):
+                return status
         if status := train_to_the_end(run):
             return status
         record(run)

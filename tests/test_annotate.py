@@ -2,10 +2,12 @@
 gone on with and refused."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,7 +18,7 @@ import torchvision
 from PIL import Image
 from torchvision.models import get_model, get_model_weights, list_models
 
-from refiner_min import UserError, annotate
+from refiner_min import UserError, annotate, hardware
 from refiner_min.label_store import open_labels
 from refiner_min.pictures import squash
 from tests.pictures import CLASSES, make_folder, names_of
@@ -184,67 +186,222 @@ def test_maps_are_of_the_whole_squashed_picture(pictures, capsys):
 # Stores
 
 
-KILLED = """
-import os, signal, sys
-from refiner_min import annotate
+FAKE = """
+import os, resource, signal, sys, time
+import torch
+from torch import nn
+from refiner_min import annotate, run_command
+class Fake(nn.Module):  # of each quarter its mean colour, mixed at random
+    def __init__(self):
+        super().__init__()
+        mixing = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("mixing", mixing)
+    def forward(self, pictures):
+        return (nn.functional.adaptive_avg_pool2d(pictures / 64, 2).permute(0, 2, 3, 1) @ self.mixing).float()
+annotate.make_annotator = lambda name: Fake()
 make, calls = annotate.make_maps, []
-def make_or_die(*words):
-    calls.append(words)
-    if len(calls) == 50:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return make(*words)
-annotate.make_maps = make_or_die
-annotate.main(sys.argv[1:])
+def before_each(act):  # batch, where 0 finds out the shape
+    def make_or_act(*words):
+        calls.append(words)
+        act(len(calls) - 1)
+        return make(*words)
+    annotate.make_maps = make_or_act
+{act}
+run_command(lambda: annotate.main(sys.argv[1:]))
 """
+DIE = "before_each(lambda batch: batch == 36 and os.kill(os.getpid(), signal.SIGKILL))"
+SECOND_DIES = "before_each(lambda batch: batch == 36 and os.environ['RANK'] == '1' and os.kill(os.getpid(), 9))"
+SLOWLY = "before_each(lambda batch: time.sleep(0.05) or batch == 4 and open('on_the_way', 'w').close())"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(arguments, act: str = "", launcher=()) -> subprocess.Popen:
+    """The command in a process of its own, or in several, with a small annotator that does something on the way."""
+    Path("fake.py").write_text(FAKE.replace("{act}", act))
+    return subprocess.Popen([sys.executable, "-u", *launcher, "fake.py", *arguments], text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(arguments, act: str = "", launcher=()) -> tuple[int, str]:
+    """Its status, and what it says."""
+    process = start(arguments, act, launcher)
+    return process.communicate(timeout=60)[0], process.returncode
+
+
+def wait_for(path: str, process):
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def done() -> int:
+    return json.loads(Path("labels/labels.json").read_text())["done"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Pictures, one of them bad, the flags, and the files of the store that one process makes of them undisturbed."""
+    folder = tmp_path_factory.mktemp("many")
+    root = make_folder(folder / "set", train=51, val=1)
+    (root / "train" / CLASSES[1] / "7.png").write_bytes(b"no picture")
+    flags = command(root, "--skip-bad")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        said, status = run(flags)
+        assert status == 0, said
+        return flags, stored()
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(tmp_path):
-    root = make_folder(tmp_path / "set", train=30, val=1)
-    arguments = command(root, "--batch-size", "1")
-    assert annotate.main(arguments) == 0
-    Path("labels").rename("whole")
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments])
-    assert done.returncode == -signal.SIGKILL
-    assert json.loads(Path("labels/labels.json").read_text())["done"] == 32  # 16 more are on the disk, and do not count
+def test_two_processes_write_the_store_of_one(many):
+    """Of 77 batches, so that there is no second one to the last, which is smaller."""
+    flags, whole = many
+    said, status = run(flags, launcher=TORCHRUN)
+    assert status == 0 and said.count("153 maps of 2 x 2 positions") == 1 and ", 2 processes: " in said, said
+    assert stored() == whole and done() == 153
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act, first, then", [(DIE, (), TORCHRUN), (SECOND_DIES, TORCHRUN, ())],
+                         ids=["one, then two", "the second of two, then one"])
+def test_killed_and_resumed_is_byte_for_byte_as_never_stopped(many, act, first, then):
+    flags, whole = many
+    said, status = run(flags, act, first)
+    if first:
+        assert status and "error: process 0 of 2 has lost another one" in said and "annotate.py" not in said, said
+    else:
+        assert status == -signal.SIGKILL
+    assert done() == (128 if first else 64)  # more are on the disk, and do not count
+    for path in (Path("labels/logits.f16"), Path("labels/ids.i16")):
+        path.write_bytes(path.read_bytes()[: 24 * done()].ljust(24 * 153, b"?"))
     with pytest.raises(UserError, match="is not complete .* goes on with --resume"):
         open_labels("labels", list(CLASSES))
-    with pytest.raises(UserError, match="holds .* of 90 label maps already .*: --resume goes on with it, --out DIR"):
-        annotate.main(arguments)
-    assert annotate.main([*arguments, "--resume"]) == 0
-    assert stored("labels") == stored("whole")
-    assert annotate.main([*arguments, "--resume", "--check", "1"]) == 0  # nothing left to do but to draw
-    assert stored("labels") == stored("whole") and Path("labels/check.png").exists()
+    with pytest.raises(UserError, match="holds .* of 153 label maps already .*: --resume goes on with it, --out DIR"):
+        annotate.main(flags)
+    said, status = run([*flags, "--resume"], launcher=then)
+    assert status == 0 and stored() == whole, said
 
 
-def test_an_interruption_loses_no_batch(pictures, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two processes"])
+def test_sigterm_saves_and_says_how_to_go_on(many, launcher):
+    flags, whole = many
+    process = start([*flags, "--workers", "1"], SLOWLY, launcher)
+    wait_for("on_the_way", process)
+    os.killpg(process.pid, signal.SIGTERM)  # to the readers, too
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == (1 if launcher else 128 + signal.SIGTERM), said  # torchrun has its own
+    begun = "torchrun --nproc-per-node 2" if launcher else "python"
+    assert f"stopped after {done()} of 153 maps; to go on: {begun} -m refiner_min.annotate --subset folder " in said
+    assert "--workers 1 --resume\n" in said and 0 < done() < 153 and "annotate.py" not in said
+    said, status = run([*flags, "--resume"])
+    assert status == 0 and stored() == whole, said
+
+
+def test_an_interruption_loses_no_batch_that_is_made(pictures, monkeypatch, capsys):
     make, calls = annotate.make_maps, []
 
     def interrupt(*words):
         calls.append(words)
         if len(calls) == 4:  # the first one finds out the maps' shape
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return make(*words)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(annotate, "make_maps", interrupt)
-        annotate.main(command(pictures))
-    assert json.loads(Path("labels/labels.json").read_text())["done"] == 4
+        assert annotate.main(command(pictures)) == 130
+    assert done() == 4
+    said = capsys.readouterr().out
+    assert re.search(r"\nstopped after 4 of 9 maps; to go on: python -m refiner_min.annotate .* 2 --resume\n$", said)
     assert annotate.main(command(pictures, "--resume")) == 0
     Path("labels").rename("stopped")
     assert annotate.main(command(pictures)) == 0
     assert stored("labels") == stored("stopped")
+    assert annotate.main(command(pictures, "--resume", "--check", "1")) == 0  # nothing left to do but to draw
+    assert stored("labels") == stored("stopped") and Path("labels/check.png").exists()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--size", "96"], "holds 9 of 9 label maps already .*: it differs in size, shape, --out DIR begins another"),
-    (["--batch-size", "3"], "it differs in batch_size, --out DIR"),
-])
-def test_another_store_is_not_gone_on_with(pictures, flags, message):
+@pytest.mark.slow
+def test_large_batches_need_few_file_descriptors(tmp_path):
+    """At a sixteenth of what a process usually may have."""
+    root = make_folder(tmp_path / "set", train=400, val=1)
+    flags = command(root, "--batch-size", "256", "--workers", "2", "--size", "32")
+    said, status = run(flags, "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
+    assert status == 0 and done() == 1200, said
+
+
+def test_maps_that_are_rounded_otherwise_are_told(pictures, capsys):
+    """A store goes on elsewhere, and says so: it would be days of work for a difference of rounding."""
+    assert annotate.main(command(pictures)) == 0
+    facts = json.loads(Path("labels/labels.json").read_text())
+    [way] = facts["made"]
+    amp = hardware.hardware_amp(torch.device("cpu")).replace("off", "float32")
+    assert way["from"] == 0 and way["how"].endswith(f", {amp}, batches of 2, torch {torch.__version__}")
+    assert "rounded" not in capsys.readouterr().out
+    elsewhere = {"from": 0, "how": "another device"}
+    Path("labels/labels.json").write_text(json.dumps(facts | {"done": 4, "made": [elsewhere]}))
+    for _ in range(2):
+        assert annotate.main(command(pictures, "--resume")) == 0
+        assert json.loads(Path("labels/labels.json").read_text())["made"] == [elsewhere, way | {"from": 4}]
+        said = capsys.readouterr().out
+        assert f"not all rounded alike, as its labels.json says: from 0 on: another device; from 4 on: {way['how']}\n" \
+            in said
+    del facts["made"]
+    Path("labels/labels.json").write_text(json.dumps(facts | {"done": 8}))
+    assert annotate.main(command(pictures, "--resume")) == 0
+    assert f"from 0 on: as an older version did; from 8 on: {way['how']}\n" in capsys.readouterr().out
+    Path("labels/labels.json").write_text(json.dumps(facts | {"done": 0, "made": [elsewhere]}))
+    assert annotate.main(command(pictures, "--resume")) == 0  # of those there was none
+    assert json.loads(Path("labels/labels.json").read_text())["made"] == [way]
+
+
+@pytest.mark.slow
+def test_two_that_begin_one_store_at_once(many):
+    flags, whole = many
+    both = [start(flags, SLOWLY) for _ in range(2)]
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    refused = said[[process.returncode for process in both].index(2)]
+    assert refused == "error: another process is at work in labels: wait for it, or name another folder\n"
+    assert stored() == whole
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing(many):
+    """A limit on the size of files, in the middle of the store."""
+    flags, whole = many
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (800, resource.RLIM_INFINITY))"
+    said, status = run(flags, f"before_each(lambda batch: batch == 10 and {limit})")
+    assert status == 2 and re.search(r"^error: labels could not be written .*; --resume goes on when it can be$", said,
+                                     re.MULTILINE) and "Traceback" not in said, said
+    assert done() == 32  # 24 bytes a row, two rows a batch
+    said, status = run([*flags, "--resume"])
+    assert status == 0 and stored() == whole, said
+
+
+@pytest.mark.slow
+def test_readers_end_with_the_command(many):
+    """A bad picture, and a reader that is killed: the others are not waited for."""
+    flags, _ = many
+    flags = [flag for flag in flags if flag != "--skip-bad"] + ["--workers", "2"]
+    said, status = run(flags)
+    assert status == 2 and "7.png is not a picture that can be read" in said and "Traceback" not in said, said
+    assert done() == 98  # whole batches before it
+    process = start([*flags, "--out", "other"], SLOWLY)
+    wait_for("on_the_way", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "error: a process that reads pictures has ended" in said, said
+    assert "Traceback" not in said
+
+
+def test_another_store_is_not_gone_on_with(pictures):
     assert annotate.main(command(pictures)) == 0
     before = stored()
-    with pytest.raises(UserError, match=message):
-        annotate.main(command(pictures, "--resume", *flags))
+    with pytest.raises(UserError, match="holds 9 of 9 label maps already .*: it differs in size, shape, --out DIR "):
+        annotate.main(command(pictures, "--resume", "--size", "96"))
     assert stored() == before
 
 
@@ -278,7 +435,7 @@ def test_pictures_that_cannot_be_read(tmp_path, capsys):
     (["--check", "-1"], "--check -1 must be at least 0"),
     (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
-    (["--out", "file/labels"], "file.labels cannot be used for the label maps"),
+    (["--out", "file/labels"], "--out file.labels cannot be made"),
     (["--data", "nowhere"], "nowhere has no folder train/"),
 ])
 def test_flags_that_do_not_go(pictures, flags, message):
@@ -306,22 +463,6 @@ def test_numbers_that_are_not_finite(pictures, monkeypatch):
     make = annotate.make_maps
     monkeypatch.setattr(annotate, "make_maps", too_large)
     with pytest.raises(UserError, match="gives logits that are not finite"):
-        annotate.main(command(pictures))
-
-
-def test_a_disk_that_fills_up(pictures, monkeypatch):
-    class Full:
-        def write(self, content):
-            raise OSError("No space left on device")
-
-    make = annotate.LabelWriter.__init__
-
-    def begin(store, *words):
-        make(store, *words)
-        store.files = [Full(), Full()]
-
-    monkeypatch.setattr(annotate.LabelWriter, "__init__", begin)
-    with pytest.raises(UserError, match="labels could not be written .No space left.*; --resume goes on"):
         annotate.main(command(pictures))
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from refiner_min import checkpoint, distributed, engine, hardware, recipes, train
+from refiner_min import annotate, checkpoint, distributed, engine, hardware, recipes, train
 from refiner_min.engine import Run
 from refiner_min.evaluation import evaluate
 from refiner_min.model import refiner_vit_ti
@@ -108,6 +108,7 @@ def with_memory_format(convolution, memory_format):
     """Module.to, which can put a pretended parameter in the place of a real one but not of another."""
     there = convolution.weight.detach().to(memory_format=memory_format)
     convolution.weight = nn.Parameter(there)
+    return convolution
 
 
 @pytest.fixture
@@ -198,6 +199,32 @@ def test_evaluation_waits_at_its_end_only(pretended, pictures, labels, monkeypat
     monkeypatch.setattr(split, "epoch", epoch)
     monkeypatch.setattr(distributed, "sum_over_processes", lambda totals: seen.append(totals) or torch.ones(6))
     assert run.evaluate().count == 1 and seen[0].device == GPU
+
+
+class _Patches(nn.Conv2d):
+    def forward(self, images):
+        return annotate.positions_as_batch(super().forward(images))
+
+
+def test_annotating_waits_for_a_batch_when_the_next_one_is_on_its_way(pretended, monkeypatch):
+    said, numbers = [], iter(range(3))
+
+    def record_event():
+        event = next(numbers)
+        said.append(f"{event} on its way")
+        return SimpleNamespace(synchronize=lambda: said.append(f"{event} waited for"))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=record_event))
+    with torch.device(GPU):
+        annotator = annotate.Annotator(_Patches(3, 1000, 32, stride=32), [127.0] * 3, [128.0] * 3)
+    columns = torch.arange(7).to(GPU)
+    batches = [(4 * number, torch.zeros(4, 3, 64, 64, dtype=torch.uint8), {}) for number in range(3)]
+    pretended.strict = True
+    for first, maps, _ in annotate.make_all(annotator, columns, batches):
+        said.append(f"{first // 4} written")
+        assert maps.logits.shape == maps.ids.shape == (4, 5, 2, 2) and maps.logits.device == maps.ids.device == CPU
+    assert said == ["0 on its way", "1 on its way", "0 waited for", "0 written", "2 on its way", "1 waited for",
+                    "1 written", "2 waited for", "2 written"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

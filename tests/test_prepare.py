@@ -170,23 +170,41 @@ def test_killed_and_gone_on_with_is_byte_for_byte_as_never_stopped(capsys):
     assert capsys.readouterr().out.startswith("12 pictures (12 were there), ")
 
 
-def test_a_scheduler_ends_the_command_cleanly():
+def begin_to_shrink() -> subprocess.Popen:
+    """The command at work on 400 large pictures."""
     Path("set").mkdir()
     noise(900, 900).save("set/0.jpg")
     for index in range(1, 400):
         os.link("set/0.jpg", f"set/{index}.jpg")
-    command = [sys.executable, "-m", "refiner_min.prepare", "shrink", "set", "out", "--workers", "1"]
+    command = [sys.executable, "-m", "refiner_min.prepare", "shrink", "set", "out", "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(Path("out").glob("*.jpg")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process
+
+
+def test_a_scheduler_ends_the_command_cleanly():
+    process = begin_to_shrink()
+    with pytest.raises(UserError, match="another process is at work in .*/out: wait for it, or name another folder"):
+        shrink(size=224)
     os.killpg(process.pid, signal.SIGTERM)  # a scheduler tells the workers too
     said, complaint = process.communicate(timeout=60)
-    assert (process.returncode, said, complaint.splitlines()[-1]) == (130, "", "interrupted")
-    assert "Traceback" not in complaint
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in complaint
     whole, made = pillow_copy(Path("set/0.jpg"), 224, False, 90), copies(Path("out"))
     assert 0 < len(made) < 400 and set(made.values()) == {whole}
+    done = int(re.fullmatch(r"stopped after (\d+) of 400 pictures; the same command goes on\n", said)[1])
+    assert 0 < done <= len(made)
+
+
+def test_a_worker_that_is_killed_ends_the_command():
+    process = begin_to_shrink()
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: a process that reads pictures has ended " in complaint
+    assert "Traceback" not in complaint
 
 
 def test_a_bad_picture_stops_it_or_is_left_out(capsys):

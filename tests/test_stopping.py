@@ -56,6 +56,19 @@ def test_ctrl_c_after_sigterm_waits_for_the_save(now):
         assert stop.signal == signal.SIGTERM
 
 
+def test_a_signal_while_the_processes_ask_each_other_is_not_lost(now, monkeypatch):
+    def asked(number):
+        send(signal.SIGTERM)
+        return number
+
+    monkeypatch.setattr(stopping.distributed, "world", lambda: 2)
+    monkeypatch.setattr(stopping.distributed, "largest_over_processes", asked)
+    with StopRequest() as stop:
+        assert not stop.agreed(0)  # the others do not know of it
+        assert not stop.agreed(1)  # not asked
+        assert stop.agreed(stopping.ASK_EVERY) and stop.signal == signal.SIGTERM
+
+
 def test_the_clock(now):
     clock = SaveClock(2.0)
     now[0] += 119
@@ -71,7 +84,7 @@ def test_a_folder_is_for_one_process_and_a_kill_gives_it_back(tmp_path):
             "with claim(Path('mine/run')): print('claimed', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "claimed\n"
-    with pytest.raises(UserError, match="another process trains in mine/run: wait for it, or name another --out"):
+    with pytest.raises(UserError, match="another process is at work in mine/run: wait for it, or name another folder"):
         with claim(Path("mine/run")):
             raise AssertionError("claimed twice")
     other.kill()
@@ -89,7 +102,7 @@ def test_a_folder_is_for_one_process_and_a_kill_gives_it_back(tmp_path):
 
 def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else():
     Path("run").mkdir()
-    for name in ("last.pt", "last.pt.other-1-00000000.tmp", "mine.txt"):
+    for name in ("last.pt", "last.pt.other-1-0000beef.tmp", "mine.txt"):
         Path("run", name).write_bytes(b"")
     with claim(Path("run")):
         assert {path.name for path in Path("run").iterdir()} == {"last.pt", "mine.txt", "lock"}
