@@ -2,7 +2,8 @@
 
 The pieces stand in the order in which training uses them. Source of the steps: timm's training script as the published
 code runs it; the code is ours.
-It imports model, data, augment, relabel, recipes, checkpoint, evaluation, records, stopping, hardware and distributed.
+It imports model, data, augment, relabel, recipes, checkpoint, foreign, evaluation, records, stopping, hardware and
+distributed.
 """
 
 import math
@@ -22,6 +23,7 @@ from refiner_min import UserError, checkpoint, distributed, hardware, records, s
 from refiner_min.augment import Augmentation, Batch, StreamAugmentation, erase
 from refiner_min.data import Subset
 from refiner_min.evaluation import evaluate
+from refiner_min.foreign import check_alike, check_fields
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
@@ -185,13 +187,42 @@ class Run:
             "loss": self.loss.total, "seconds": self.seconds,
         }
 
+    def check(self, state: dict):
+        """ValueError naming what of a state, whose fields checkpoint.check has seen, is not of this run's form."""
+        check_fields(state["optimizer"], {"state": dict}, ["state"])
+        check_fields(state["scheduler"], {"last_epoch": int}, ["last_epoch"])
+        moments = {index: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+                   for index, parameter in self.numbered_parameters() if index in state["optimizer"]["state"]}
+        here = {"model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None,
+                "optimizer": moments, "scaler": self.scaler.state_dict(), "loss": self.loss.total.to(state["loss"])}
+        there = {name: state[name] for name in here} | {"optimizer": state["optimizer"]["state"]}
+        check_alike(there, here, "its state")
+        step, history, total = state["step"], state["history"], self.recipe.epochs * self.steps_per_epoch
+        if not 0 <= state["scheduler"]["last_epoch"] <= step <= total:
+            raise ValueError(f"it is at step {step} of {total}")
+        if len(history) != step // self.steps_per_epoch or any(row.keys() != history[0].keys() for row in history):
+            raise ValueError(f"its history is not that of {step // self.steps_per_epoch} epochs")
+        for row in history:
+            check_fields(row, {name: float for name in records.ROW}, records.ROW)
+
+    def numbered_parameters(self):
+        """The parameters, by the numbers that the optimizer's state gives them."""
+        return enumerate(value for group in self.optimizer.param_groups for value in group["params"])
+
+    @torch.no_grad()
     def restore(self, state: dict):
-        """Go on from a state."""
+        """Go on from a state. ValueError, and nothing is restored: as check's."""
+        self.check(state)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        moments = state["optimizer"]["state"]
+        for index, parameter in self.numbered_parameters():
+            for name in moments.get(index, {}).keys() - {"step"}:  # in memory as the parameter: on a GPU others lie so
+                moments[index][name] = torch.empty_like(parameter).copy_(moments[index][name])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # sets the learning rate, too
+            self.optimizer, schedule(self.recipe, self.steps_per_epoch), state["scheduler"]["last_epoch"] - 1)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         if self.rank == 0:  # which holds the sums of all
@@ -215,7 +246,7 @@ class Run:
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
                 return
-            if clock.due(self.step):
+            if clock.due(self.step) and self.step % self.steps_per_epoch:  # after the last one it is evaluated first
                 self.count_up()
                 self.save(clock)
 

@@ -7,6 +7,7 @@ Several GPUs or machines: torchrun --nproc-per-node 8 -m refiner_min.train --sub
 
 import argparse
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -18,7 +19,7 @@ from refiner_min import UserError, checkpoint, data, distributed, hardware, reco
 from refiner_min.engine import Run, fit, make_stream_augmentation
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe
+from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe, saved_recipe
 from refiner_min.splits import readers_told
 from refiner_min.stopping import claim
 
@@ -129,17 +130,10 @@ def check_saved(saved: dict, asked: dict, path):
         raise UserError(f"{path} was made with another configuration: {', '.join(differing)}")
 
 
-def saved_recipe(state: dict, path) -> Recipe:
-    """The recipe that the file at path was made with. UserError: one that this version does not know."""
-    try:
-        return Recipe(**state["recipe"])
-    except TypeError as error:
-        raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
-
-
 def load_start(net: RefinerViT, state: dict, path, same_classes: bool, wanted: str | None = None):
-    """Put the weights of state, ours or published, into net; without the same classes its heads stay new. A token head
-    that only one of the two has is left out, or stays new. UserError: what does not fit."""
+    """Put the weights of state, ours or published and checked by config_of, into net; without the same classes its
+    heads stay new. A token head that only one of the two has is left out, or stays new. UserError: what does not fit.
+    """
     weights, which = checkpoint.weights_of(state, wanted, path)
     if "config" in state:
         free = ("img_size", "num_classes", "drop_path", "dense")
@@ -166,6 +160,8 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     recipe = choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune)
     refuse_another(out)
     state = checkpoint.load(args.weights) if args.weights else None
+    if state is not None:
+        checkpoint.config_of(state, args.weights, args.eval_weights, needed=["classes"])
     subset = open_subset(args, recipe, device)
     check_fits(recipe, subset, device)
     net = build_model(recipe, len(subset.classes), subset.channels)
@@ -210,6 +206,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     if state.get("recipe_version") != VERSION:
         raise UserError(f"{path} was written by another version of refiner_min, whose recipes mean something else: "
                         f"begin the run again")
+    checkpoint.config_of(state, path, needed=checkpoint.FIELDS)
     for name in ("subset", "data", "relabel", "storage"):
         setattr(args, name, getattr(args, name) or state[name])
     args.storage = None if args.subset in data.BUILT_IN else args.storage
@@ -217,11 +214,15 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **asked}, path)
     recipe = saved_recipe(state, path)
     subset = open_subset(args, recipe, device)
+    check_fits(recipe, subset, device)
     net = build_model(recipe, len(subset.classes), subset.channels)
     run = Run(recipe, subset, net, device, path.parent, args.compile, local_batch(args.eval_batch_size))
     own = ("classes", "pictures", "annotator", "storage")
     check_saved(state, {name: run.origin()[name] for name in own}, path)
-    run.restore(state)
+    try:
+        run.restore(state)
+    except ValueError as error:
+        raise UserError(f"{path} is no checkpoint of this run: {error}") from None
     if run.rank == 0 and state["processes"] != run.world:
         print(f"begun with {state['processes']} processes, it goes on with {run.world}: the order of the pictures "
               f"stays, BatchNorm counts over {run.local_batch} pictures now, and augmentation draws other numbers")
@@ -249,8 +250,7 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
     path = Path(args.weights or args.resume or folder_of(args))
     path = path / "best.pt" if path.is_dir() or not (args.weights or args.resume) else path
     state = checkpoint.load(path)
-    weights, _ = checkpoint.weights_of(state, args.eval_weights, path)
-    dense = "token_head.weight" in weights
+    config = checkpoint.config_of(state, path, args.eval_weights, needed=["subset", "data", "recipe", "classes"])
     if "config" in state:
         args.subset = args.subset or state["subset"]
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
@@ -258,16 +258,17 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
         recipe.check()
     else:
         args.subset = args.subset or "imagenet"
-        recipe = published_recipe(args.subset, device, checkpoint.released_config(weights, path), given)
+        recipe = published_recipe(args.subset, device, config, given)
     subset = open_subset(args, recipe, device)
     if "config" in state and state["classes"] != subset.class_names:
         raise UserError(f"{path} knows {some(state['classes'])}, not the classes of {args.subset}")
-    if len(weights["head.bias"]) != len(subset.classes):
-        raise UserError(f"{path} knows {len(weights['head.bias'])} classes, not the {len(subset.classes)} of "
-                        f"{args.subset}")
-    net = build_model(recipe, len(subset.classes), subset.channels, dense)
+    if config.num_classes != len(subset.classes):
+        raise UserError(f"{path} knows {config.num_classes} classes, not the {len(subset.classes)} of {args.subset}")
+    net = build_model(recipe, len(subset.classes), subset.channels, config.dense)
     load_start(net, state, path, same_classes=True, wanted=args.eval_weights)
     score = evaluate(net.to(device), subset.val, device, local_batch(args.eval_batch_size or recipe.batch_size))
+    if not math.isfinite(score.loss):
+        raise UserError(f"{path} gives answers that are not finite")
     if distributed.is_main():
         print(score)
 

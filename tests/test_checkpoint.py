@@ -163,16 +163,19 @@ def test_small_weights_come_with_the_package_and_go_by_name(pictures, tmp_path, 
 
 def test_which_weights_of_a_file():
     """Of ours the average where there is one; of a published file the raw ones, as the published code takes them."""
-    ours = {"config": {}, "model": {"a": 1}, "ema": {"a": 2}}
-    published = {"state_dict": {"module.cls_token": 3}, "state_dict_ema": {"module.cls_token": 4}}
-    assert checkpoint.weights_of(ours) == checkpoint.weights_of(ours, "ema") == ({"a": 2}, "ema")
-    assert checkpoint.weights_of(ours, "raw") == ({"a": 1}, "raw")
-    assert checkpoint.weights_of(ours | {"ema": None}) == ({"a": 1}, "raw")
-    assert checkpoint.weights_of(published) == checkpoint.weights_of(published, "raw") == ({"class_token": 3}, "raw")
-    assert checkpoint.weights_of(published, "ema") == ({"class_token": 4}, "ema")
-    assert checkpoint.weights_of({"cls_token": 5}) == ({"class_token": 5}, "raw")  # a file of weights alone
-    for state, wanted in ((ours | {"ema": None}, "ema"), ({"config": {}, "ema": {}}, "raw"), ({"cls_token": 5}, "ema")):
-        with pytest.raises(UserError, match=f"best.pt holds no {wanted} weights, only"):
+    raw, ema = torch.tensor(1), torch.tensor(2)
+    ours = {"config": {}, "model": {"a": raw}, "ema": {"a": ema}}
+    published = {"state_dict": {"module.cls_token": raw}, "state_dict_ema": {"module.cls_token": ema}}
+    assert checkpoint.weights_of(ours) == checkpoint.weights_of(ours, "ema") == ({"a": ema}, "ema")
+    assert checkpoint.weights_of(ours, "raw") == ({"a": raw}, "raw")
+    assert checkpoint.weights_of(ours | {"ema": None}) == ({"a": raw}, "raw")
+    known = {"class_token": raw}, "raw"
+    assert checkpoint.weights_of(published) == checkpoint.weights_of(published, "raw") == known
+    assert checkpoint.weights_of(published, "ema") == ({"class_token": ema}, "ema")
+    assert checkpoint.weights_of({"cls_token": raw}) == known  # a file of weights alone
+    for state, wanted in ((ours | {"ema": None}, "ema"), ({"config": {}, "ema": {}}, "raw"), ({"config": {}}, None),
+                          ({"cls_token": raw}, "ema")):
+        with pytest.raises(UserError, match=f"best.pt holds no {wanted or 'raw'} weights, only"):
             checkpoint.weights_of(state, wanted, "best.pt")
 
 

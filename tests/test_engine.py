@@ -1,6 +1,7 @@
 """engine.py: every piece of a step against its definition, and what is learnt from."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -300,3 +301,21 @@ def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
     found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
     assert found.image.shape == (4,) and (found.tokens is not None) == tokens
     assert run.model.config.dense == ("0" not in flags)
+
+
+def test_moments_are_laid_out_as_their_parameters_are(pictures):
+    """A GPU's convolutions have their channels last in memory, and the fused step goes through memory in order."""
+    run, twin = run_of(pictures), run_of(pictures)
+    batch = next(run.subset.train.epoch(run.order(0), run.local_batch))
+    run.train_batch(batch)
+    state = deepcopy(run.state())
+    for moments in state["optimizer"]["state"].values():
+        for name, value in moments.items():
+            if value.ndim == 4:
+                moments[name] = value.contiguous(memory_format=torch.channels_last)
+    twin.restore(state)
+    for one in (run, twin):
+        one.train_batch(batch)
+    assert run.optimizer.param_groups[0]["lr"] == twin.optimizer.param_groups[0]["lr"]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, twin.model.state_dict()[name]), name

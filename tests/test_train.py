@@ -429,8 +429,22 @@ def test_saved_on_the_way_and_killed_is_as_never_stopped(pictures, monkeypatch):
         patch.setattr(engine.Run, "train_step", killed)
         with pytest.raises(SystemExit):
             train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
-    assert saves == [1, 2, 2, 3] and checkpoint.load("killed/last.pt")["step"] == 3
+    assert saves == [1, 2, 3] and checkpoint.load("killed/last.pt")["step"] == 3
     assert checkpoint.load("killed/last.pt")["loss"][1] == 10  # pictures of the epoch so far
+    assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
+    assert_same_runs("whole", "killed")
+
+
+def test_killed_between_the_last_step_of_an_epoch_and_its_evaluation(pictures, monkeypatch):
+    assert train.main(small(pictures, "--out", "whole")) == 0
+
+    def killed(*words):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "finish_epoch", killed)
+        with pytest.raises(SystemExit):
+            train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
     assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
     assert_same_runs("whole", "killed")
 
