@@ -119,14 +119,12 @@ def weights_of(state: dict, wanted: str | None = None, path="the file") -> tuple
     which = wanted or next(iter(there), "raw")
     if which not in there:
         raise UserError(f"{path} holds no {which} weights, only {' and '.join(there) or 'what goes with them'}")
-    if ours:
-        return there[which], which
     try:
         check_fields(there, {which: dict[str, torch.Tensor]})
     except ValueError as error:
         raise UserError(f"{path} was not written by refiner_min.train, and is no published Refiner-ViT "
                         f"({error})") from None
-    return {our_name(name): value for name, value in there[which].items()}, which
+    return there[which] if ours else {our_name(name): value for name, value in there[which].items()}, which
 
 
 def load_pretrained(name: str) -> RefinerViT:
