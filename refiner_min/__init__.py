@@ -4,6 +4,7 @@ Start with model.py. What every part of the package shares is here: how a mistak
 chance comes from.
 """
 
+import errno
 import json
 import os
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 import numpy as np
 
 __version__ = "0.1.0"
+
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk holds all that is granted here",
+        errno.EFBIG: "no larger file is allowed here"}
 
 
 class UserError(Exception):
@@ -48,8 +53,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(f"{path} could not be written ({error}); what was there before still is") from None
+    except (OSError, RuntimeError) as error:  # torch's own, behind which the system's stands
+        number = next((one.errno for one in (error, error.__context__) if isinstance(one, OSError)), None)
+        raise UserError(f"{path} could not be written ({FULL.get(number, error)}); what was there before still is"
+                        ) from None
     finally:
         with suppress(OSError):
             temporary.unlink()

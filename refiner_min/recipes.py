@@ -74,6 +74,15 @@ class Recipe:
                       choices=("auto", "bf16", "fp16", "off"))
 
     def check(self):
+        """UserError naming the first field that is out of its range, or those that do not go together."""
+        self.check_ranges()
+        if self.crop_min > self.crop_max:
+            raise UserError(f"--crop-min {self.crop_min} must not be above --crop-max {self.crop_max}")
+        if self.warmup_epochs + self.cooldown_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs {self.warmup_epochs:g} and --cooldown-epochs {self.cooldown_epochs} must "
+                            f"fit into --epochs {self.epochs}")
+
+    def check_ranges(self):
         """UserError naming the first field that is out of its range."""
         for item in fields(Recipe):
             value, choices, low, high, above = getattr(self, item.name), *map(
@@ -85,11 +94,6 @@ class Recipe:
                 raise UserError(f"{flag} must be 0 or at least {above:g}")
             if choices and value not in choices:
                 raise UserError(f"{flag} must be one of {', '.join(choices)}")
-        if self.crop_min > self.crop_max:
-            raise UserError(f"--crop-min {self.crop_min} must not be above --crop-max {self.crop_max}")
-        if self.warmup_epochs + self.cooldown_epochs > self.epochs:
-            raise UserError(f"--warmup-epochs {self.warmup_epochs:g} and --cooldown-epochs {self.cooldown_epochs} must "
-                            f"fit into --epochs {self.epochs}")
 
 
 SIZES = ("dim", "depth", "heads")  # fields in which 0 is the model's own
@@ -271,6 +275,7 @@ def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bo
     if given.get("linear"):
         given = {"share": False} | given
     recipe = replace(preset, **given)
+    recipe.check_ranges()  # before anything is derived from them
     shorter, larger = min(recipe.epochs / preset.epochs, 1), recipe.batch_size / preset.batch_size
     derived = {"lr": preset.lr * larger, "ema": preset.ema**larger, "warmup_epochs": preset.warmup_epochs * shorter,
                "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware.hardware_amp(device),
@@ -310,8 +315,8 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
     try:
         return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
                                     dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch's, where the memory does not hold it
+        raise UserError(f"no such model can be made here: {(str(error) or 'out of memory').splitlines()[0]}") from None
 
 
 WARMUP_LR = 1e-6  # where the warm-up begins, as published

@@ -61,9 +61,10 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    for name, low in (("workers", 0), ("eval_batch_size", 1)):
-        if known[name] is not None and known[name] < low:
-            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
+    for name, low, high in (("workers", 0, hardware.most_workers()), ("eval_batch_size", 1, 2**24)):
+        if known[name] is not None and not low <= known[name] <= high:
+            more = f", eight times the {hardware.available_cores()} cores" if name == "workers" else ""
+            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low} and at most {high}{more}")
     if not known["save_every"] > 0:
         raise UserError(f"--save-every {known['save_every']:g} must be above 0")
     if known["finetune"] and not known["weights"] and known["resume"] is None:
@@ -80,9 +81,9 @@ def folder_of(args: argparse.Namespace) -> Path:
 def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> data.Subset:
     """Say what was chosen, then open the data; of several processes on a machine, the first one alone downloads and
     decodes. UserError: as data.load_subset's."""
-    main = distributed.is_main()
+    main, count = distributed.is_main(), distributed.world()
     if main:
-        processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+        processes = f", {count} processes" if count > 1 else ""
         print(f"{args.subset}: on {hardware.describe(device)}{processes}")
         print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
     workers = args.workers if args.workers is not None else hardware.default_workers()
@@ -92,6 +93,8 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
             grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop, seed=recipe.seed, workers=workers,
             skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
             transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
+    if count > len(subset.val):
+        raise UserError(f"{count} processes are more than the {len(subset.val)} pictures to validate: start fewer")
     if main:
         training = f"{len(subset.train):,} pictures to train on{subset.train.note}; " if not args.eval else ""
         print(f"{training}{len(subset.val):,} to validate, {len(subset.classes)} classes")
@@ -106,6 +109,9 @@ def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device):
         raise UserError(f"--batch-size {recipe.batch_size} is larger than the {len(subset.train)} training pictures")
     if recipe.batch_size % distributed.world():
         raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of the {distributed.world()} processes")
+    if recipe.img_size == 2 and recipe.batch_size == distributed.world():
+        raise UserError(f"--batch-size {recipe.batch_size} is one picture a process, and of --img-size 2 one place is "
+                        f"left of it, over which BatchNorm cannot count: take more of either")
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError("--sync-bn is for processes on GPUs: leave it out")
     if subset.storage == "stream":

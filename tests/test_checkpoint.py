@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import refiner_min
 from refiner_min import UserError, checkpoint, explain, train
 from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_l, refiner_vit_m, refiner_vit_s
 from tests.runs import SMALL, small
@@ -70,10 +71,21 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
             "try: checkpoint.save({'step': 2, 'weights': torch.zeros(10000)}, sys.argv[1], backup=True)\n"
             "except UserError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert "last.pt could not be written" in done.stdout, done.stderr
+    assert "last.pt could not be written (no larger file is allowed here)" in done.stdout, done.stderr
     assert checkpoint.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_called_that(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    monkeypatch.setattr(refiner_min, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    for state in (STATE, {"weights": torch.zeros(10**6)}):  # told when the file is closed, or by torch on the way
+        with pytest.raises(UserError, match="last.pt could not be written .the disk is full.; what was there before"):
+            checkpoint.save(state, path, backup=True)
+    assert checkpoint.load(path)["step"] == 1
 
 
 def test_killed_between_the_renames(tmp_path, monkeypatch):

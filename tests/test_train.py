@@ -65,7 +65,12 @@ def test_flags_of_a_stream_reach_it(pictures):
     (["--smoothing", "2"], "--smoothing 2.0 must be at least 0 and at most 1"),
     (["--warmup-epochs", "3"], "--warmup-epochs 3 and --cooldown-epochs 0 must fit into --epochs 2"),
     (["--crop-min", "0.9", "--crop-max", "0.5"], "--crop-min 0.9 must not be above --crop-max 0.5"),
-    (["--workers", "-1"], "--workers -1 must be at least 0"),
+    (["--workers", "-1"], "--workers -1 must be at least 0 and at most"),
+    (["--workers", "100000"], "--workers 100000 must be at least 0 and at most .*, eight times the"),
+    (["--eval-batch-size", str(10**30)], "--eval-batch-size 10{30} must be at least 1 and at most 16777216"),
+    (["--save-every", "nan"], "--save-every nan must be above 0"),
+    (["--device", "meta"], "--device meta cannot be used here"),
+    (["--img-size", "2", "--patch-size", "2", "--batch-size", "1"], "over which BatchNorm cannot count"),
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
     (["--batch-size", "1000"], "--batch-size 1000 is larger than the 24 training pictures"),
     (["--img-size", "17"], "patch_size=8 must divide img_size=17"),
@@ -670,6 +675,10 @@ def test_a_disk_that_fills_up(pictures):
             "run_command(lambda: train.main(sys.argv[1:]))")
     command = [sys.executable, "-c", code, *small(pictures, "--out", "full")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
-    assert checkpoint.load("full/last.pt")["step"] == 0
+    assert done.returncode == 2, done.stderr
+    assert "last.pt could not be written (no larger file is allowed here); what was there before" in done.stderr
+    assert "Traceback" not in done.stderr and "enforce" not in done.stderr
+    assert checkpoint.load("full/last.pt")["step"] == 0 and not list(Path("full").glob("*.tmp"))
+    assert train.main(["--resume", "full", "--device", "cpu"]) == 0  # when there is room
+    assert train.main(small(pictures, "--out", "whole")) == 0
+    assert_same_runs("whole", "full")
