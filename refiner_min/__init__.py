@@ -41,6 +41,17 @@ def run_command(main):
         sys.exit(130)
 
 
+def _interrupted(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if sys.argv[:1] == ["-m"]:  # so Python starts a command; importing torch takes seconds, before there is a run_command
+    sys.excepthook = _interrupted
+
+
 @contextmanager
 def replacing(path):
     """A file to write bytes to, which takes the place of path when it is whole; until then path is as it was.

@@ -240,7 +240,10 @@ def finish(run: Run, arguments: list[str]):
     records.write_history(run.out, run.history, run.title)
     result = records.results(run.history, averaged=run.ema is not None)
     path = run.out / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else records.facts(run, arguments)
+    try:
+        record = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # there is none, or a damaged one
+        record = records.facts(run, arguments)
     write_json(path, record | {"result": result})
     weights = "the weights' moving average" if run.ema is not None else "the weights"
     print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "

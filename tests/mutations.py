@@ -250,6 +250,8 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("mixing of which no draw is defined", "recipes", "0 < value < above", "False"),
     ("a device that holds no data", "hardware", "torch.ones(1, device=device).item()", "torch.ones(1, device=device)"),
     ("a recipe of another model than the file's", "recipes", "    if differing:", "    if False:", "foreign"),
+    ("Ctrl-C while torch is imported is a traceback", "__init__", "sys.excepthook = _interrupted", "pass"),
+    ("more processes than pictures to validate", "train", "    if count > len(subset.val):", "    if False:"),
     ("a full disk told by what torch says of it", "__init__", "for one in (error, error.__context__)",
      "for one in (error,)", "checkpoint"),
     ("pictures that are read by running a program", "pictures", "Image.open(source, formats=FORMATS)",

@@ -157,7 +157,7 @@ def changes(state: dict):
 def changed(state: dict, others: list):
     """The state with them."""
     for where, value in others:
-        with suppress(TypeError, AttributeError):  # the place is gone
+        with suppress(TypeError, AttributeError, KeyError):  # the place is gone
             state = replaced(state, where, value)
     return state
 

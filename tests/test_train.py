@@ -639,6 +639,30 @@ def test_starting_from_published_weights(pictures):
 # Mistakes
 
 
+def test_numbers_of_processes_that_cannot_be_are_told_at_the_start(pictures, monkeypatch):
+    assert train.main(small(pictures, "--epochs", "1", "--out", "run")) == 0
+    commands = (small(pictures, "--out", "other"), ["--resume", "run", "--device", "cpu"],
+                ["--eval", "--weights", "run/best.pt", "--device", "cpu"])
+    monkeypatch.setattr(train.distributed, "world", lambda: 13)
+    for words in commands:
+        with pytest.raises(UserError, match="13 processes are more than the 12 pictures to validate: start fewer"):
+            train.main(words)
+    monkeypatch.setattr(train.distributed, "world", lambda: 3)
+    for words in commands[:2]:
+        with pytest.raises(UserError, match="--batch-size 10 must be a multiple of the 3 processes"):
+            train.main(words)
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]"])
+def test_a_damaged_record_is_made_again_at_the_end(pictures, content):
+    assert train.main(small(pictures, "--epochs", "1", "--out", "run")) == 0
+    record = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(content)
+    assert train.main(["--resume", "run", "--device", "cpu"]) == 0
+    again = json.loads(Path("run/config.json").read_text())
+    assert again.keys() == record.keys() and again["result"]["accuracy"] == record["result"]["accuracy"]
+
+
 def test_a_mistake_is_one_sentence_and_status_2(pictures):
     command = [sys.executable, "-m", "refiner_min.train", *small(pictures, "--batch-size", "1000")]
     done = subprocess.run(command, capture_output=True, text=True)
