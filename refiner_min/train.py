@@ -209,6 +209,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     state = checkpoint.load(path)
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
+    checkpoint.check(state, path)
     if state.get("recipe_version") != VERSION:
         raise UserError(f"{path} was written by another version of refiner_min, whose recipes mean something else: "
                         f"begin the run again")

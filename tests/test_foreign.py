@@ -115,10 +115,12 @@ MOMENTS = ("optimizer", "state")
 
 @pytest.mark.parametrize("where, value, message", [
     *[((name,), KeyError, f"its field {name} is missing") for name in sorted(FIELDS)],
-    *[((name,), [[1]], f"its field {name} is no") for name in sorted(FIELDS | {"optimizer", "recipe", "config"})],
+    *[((name,), [[1]], f"its field {name} is no") for name in sorted(checkpoint.FIELDS)],
     (("optimizer",), KeyError, "no checkpoint to go on from"), (("recipe",), KeyError, "no checkpoint to go on from"),
     (("config",), KeyError, "is no published Refiner-ViT"),
-    (("recipe_version",), [2], "another version of refiner_min"),
+    (("recipe_version",), torch.zeros(0), "its field recipe_version is no int"),
+    (("recipe_version",), KeyError, "another version of refiner_min"),
+    (("recipe_version",), 1, "another version of refiner_min"),
     (("step",), math.nan, "its field step is no int"), (("step",), 10**30, "its field step is no int"),
     (("step",), 5, "at step 5 of 2"), (("step",), -1, "at step -1 of 2"), (("step",), 0, "at step 0 of 2"),
     (("scheduler",), {}, "its field last_epoch is missing"), (("scheduler", "last_epoch"), -7, "at step 2 of 2"),
