@@ -8,7 +8,7 @@ import math
 import os
 import zipfile
 from types import UnionType
-from typing import Literal, get_args, get_origin
+from typing import get_args, get_origin
 
 import torch
 
@@ -25,6 +25,8 @@ def read_torch(path, map_location="cpu", allowed=()):
     classes that it may hold beside tensors and Python's own. ValueError, or what torch and zipfile raise: it is
     damaged, or no such file."""
     size = os.path.getsize(path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("it is no file")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if sum(part.file_size for part in file.infolist()) > size:
@@ -63,13 +65,10 @@ def _check_tensors(content, size: int):
 
 def is_a(value, kind) -> bool:
     """Whether a value is of a kind, written as in a type hint: int, float, str | None, list[str], dict[str, int],
-    tuple[int, int], Literal["a", "b"]. Numbers are finite and fit into 64 bits; an int is a float, too, a bool neither.
-    """
+    tuple[int, int]. Numbers are finite and fit into 64 bits; an int is a float, too, a bool neither."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return any(is_a(value, part) for part in parts)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
     if origin is list:
         return isinstance(value, list) and all(is_a(item, *parts) for item in value)
     if origin is tuple:

@@ -167,6 +167,18 @@ def test_a_store_that_lost_its_end(store):
         open_labels(store, list(CLASSES))
 
 
+@pytest.mark.parametrize("name", ["labels.json", "pictures.txt", "logits.f16", "ids.i16"])
+def test_a_folder_or_a_broken_link_in_the_place_of_a_file(store, name):
+    (store / name).unlink()
+    (store / name).symlink_to(store / "nowhere")
+    with pytest.raises(UserError, match="is a damaged store|holds no label maps"):
+        open_labels(store, list(CLASSES))
+    (store / name).unlink()
+    (store / name).mkdir()
+    with pytest.raises(UserError, match="is a damaged store"):
+        open_labels(store, list(CLASSES))
+
+
 def test_a_published_map_that_runs_code_does_not(files, tmp_path):
     labels, proof = open_labels(files, list(CLASSES)), tmp_path / "proof"
     keys = labels.find(NAMES)
