@@ -288,8 +288,9 @@ def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") ->
     """Run a module's tests, or others, in a copy of the project in which instead has taken the place of there."""
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
-        left_out = shutil.ignore_patterns(".*", "build", "runs", "labels", "__pycache__", "data")
-        shutil.copytree(ROOT, project, ignore=left_out)
+        made = {ROOT / name for name in ("build", "runs", "labels", "data")}  # and not tests/data
+        shutil.copytree(ROOT, project, ignore=lambda folder, names: [
+            name for name in names if name.startswith(".") or name == "__pycache__" or Path(folder, name) in made])
         if there:
             path = project / "refiner_min" / f"{file}.py"
             path.write_text(path.read_text().replace(there, instead))
