@@ -180,6 +180,7 @@ def test_what_evaluates_is_held_to_what_that_needs(trained, pictures, capsys):
     assert all(main(words) == 0 for words, main in commands)
     for where, value, message in (
             (("classes",), KeyError, "its field classes is missing"), (("recipe",), {}, "recipe of another model"),
+            (("config", "dim"), 2**12, "holds weights of another model than it says"),
             (("data",), 5, "its field data is no"), (("config", "heads"), 0, "heads=0 must be at least 1"),
             (("ema", "norm.weight"), torch.full((192,), math.nan), "the weights are not finite: norm.weight"),
             (("ema", "norm.weight"), torch.full((192,), 3e38), "gives (answers that are not finite|no finite answer)")):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from refiner_min import UserError
 from refiner_min.pictures import read_picture, squash
@@ -76,11 +76,13 @@ def test_an_animation_is_read_as_its_first_picture_and_a_sliver_whole(tmp_path):
     assert squash(read_picture(tmp_path / "sliver.png"), 16).shape == (3, 16, 16)
 
 
-def test_a_format_that_runs_a_program_is_refused(tmp_path):
-    path = tmp_path / "photo.jpg"
+def test_a_format_that_runs_a_program_is_refused(tmp_path, monkeypatch):
+    path, run = tmp_path / "photo.jpg", []
     Image.new("RGB", (8, 4)).save(path, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words: run.append(words))
     with pytest.raises(UserError, match="photo.jpg is not a picture that can be read"):
         read_picture(path)
+    assert not run
     photo = Image.new("RGB", (8, 4))
     photo.save(path, "MPO", save_all=True, append_images=[photo])  # what some cameras call a JPEG
     assert read_picture(path).size == (8, 4)
