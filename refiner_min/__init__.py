@@ -4,6 +4,7 @@ Start with model.py. What every part of the package shares is here: how a mistak
 chance comes from.
 """
 
+import errno
 import json
 import os
 import platform
@@ -21,6 +22,10 @@ except ImportError:  # Windows: nothing is locked there
 
 __version__ = "0.1.0"
 UNFINISHED = f"*-[0-9]*-{'[0-9a-f]' * 8}.tmp"  # the pattern of what replacing puts after a file's name
+
+
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk holds all that is granted here",
+        errno.EFBIG: "no larger file is allowed here"}
 
 
 class UserError(Exception):
@@ -44,6 +49,17 @@ def run_command(main):
         sys.exit(130)
 
 
+def _interrupted(kind, error, traceback):
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if sys.argv[:1] == ["-m"]:  # so Python starts a command; importing torch takes seconds, before there is a run_command
+    sys.excepthook = _interrupted
+
+
 @contextmanager
 def replacing(path):
     """A file to write bytes to, which takes the place of path when it is whole; until then path is as it was.
@@ -52,13 +68,15 @@ def replacing(path):
     mine = f"{platform.node().split('.')[0]}-{os.getpid()}-{secrets.token_hex(4)}"  # several machines share a disk
     temporary = path.with_name(f"{path.name}.{mine}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError when the disk is full
-        raise UserError(f"{path} could not be written ({error}); what was there before still is") from None
+    except (OSError, RuntimeError) as error:  # torch's own, behind which the system's stands
+        number = next((one.errno for one in (error, error.__context__) if isinstance(one, OSError)), None)
+        raise UserError(f"{path} could not be written ({FULL.get(number, error)}); what was there before still is"
+                        ) from None
     finally:
         with suppress(OSError):
             temporary.unlink()

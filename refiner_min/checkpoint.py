@@ -6,23 +6,32 @@
     load_pretrained("ti") -> model      the small weights that come with the package; a name goes for a path everywhere
     load_released(model, path)          published weights into a model of one's own
 
-It imports model.py.
+What a file of ours holds is FIELDS, and is checked once: check and config_of. It imports model and foreign.
 """
 
 import argparse
+import math
 import os
-import zipfile
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from refiner_min import UserError, replacing
+from refiner_min import UserError, replacing, some
+from refiner_min.foreign import check_fields, read_torch
 from refiner_min.model import RefinerConfig, RefinerViT
 
 ASSETS = Path(__file__).parent / "assets"
 PRETRAINED = ("ti", "plain-ti")  # trained on Imagenette, refined and plain: assets/NAME.pt, and a card beside it
+FIELDS = {  # of a file of ours: engine.Run.origin, which best.pt holds beside its weights, and the rest of Run.state
+    "subset": str, "data": str | None, "recipe_version": int, "recipe": dict[str, bool | int | float | str],
+    "config": dict, "classes": list[str], "pictures": dict[str, int], "processes": int, "accumulate": int,
+    "storage": str, "relabel": str | None, "annotator": str | None, "model": dict[str, torch.Tensor],
+    "ema": dict[str, torch.Tensor] | None, "optimizer": dict, "scheduler": dict, "scaler": dict, "step": int,
+    "history": list[dict[str, float]], "loss": torch.Tensor, "seconds": float,
+}
 PUBLISHED_NAMES = (  # published part of a parameter's name, ours
     *((f"patch_embed.conv{i + 1}.", f"stem.{i}.0.") for i in range(3)),
     *((f"patch_embed.bn{i + 1}.", f"stem.{i}.1.") for i in range(3)),
@@ -75,14 +84,9 @@ def load(path, map_location="cpu") -> dict:
 
 
 def _read(path: Path, map_location="cpu") -> dict:
-    """torch.load for weights, and for argparse.Namespace, which the published files hold beside them; nothing else."""
+    """What the file holds: weights, and an argparse.Namespace, which the published files have beside them."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if part := file.testzip():  # torch looks at no checksum
-                    raise ValueError(f"{part} does not match its checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location=map_location, weights_only=True)
+        state = read_torch(path, map_location, allowed=[argparse.Namespace])
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
         return state
@@ -91,6 +95,14 @@ def _read(path: Path, map_location="cpu") -> dict:
     except Exception as error:  # damage shows in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+
+
+def check(state: dict, path, needed=()):
+    """UserError: the state of a file of ours lacks one of the needed FIELDS, or has one of another kind."""
+    try:
+        check_fields(state, FIELDS, needed)
+    except ValueError as error:
+        raise UserError(f"{path} was not written by this version of refiner_min ({error})") from None
 
 
 def weights_of(state: dict, wanted: str | None = None, path="the file") -> tuple[dict, str]:
@@ -104,9 +116,14 @@ def weights_of(state: dict, wanted: str | None = None, path="the file") -> tuple
     there = {which: state[key] for which, key in keys.items() if state.get(key) is not None}
     if not ours and not there:
         there = {"raw": state}
-    which = wanted or next(iter(there))
+    which = wanted or next(iter(there), "raw")
     if which not in there:
-        raise UserError(f"{path} holds no {which} weights, only {' and '.join(there)}")
+        raise UserError(f"{path} holds no {which} weights, only {' and '.join(there) or 'what goes with them'}")
+    try:
+        check_fields(there, {which: dict[str, torch.Tensor]})
+    except ValueError as error:
+        raise UserError(f"{path} was not written by refiner_min.train, and is no published Refiner-ViT "
+                        f"({error})") from None
     return there[which] if ours else {our_name(name): value for name, value in there[which].items()}, which
 
 
@@ -131,21 +148,48 @@ def load_model(path, map_location="cpu", wanted: str | None = None) -> tuple[Ref
     """The model that training or the published code saved at path, in evaluation mode, and all of the file. wanted: as
     weights_of's. UserError: no such file, damaged, or of no model that this version knows."""
     state = load(path, map_location)
+    config = config_of(state, path, wanted)
+    model = RefinerViT(config).to(map_location)
+    load_weights(model, weights_of(state, wanted, path)[0])
+    return model.eval(), state
+
+
+def config_of(state: dict, path, wanted: str | None = None, needed=()) -> RefinerConfig:
+    """The configuration of a file's model, which its weights fit: found out before memory is taken for it. needed: as
+    check's, of a file of ours. UserError: they don't fit, or it is of no model that this version knows."""
+    ours = "config" in state
+    if ours:
+        check(state, path, needed)
     weights, _ = weights_of(state, wanted, path)
+    config = _saved_config(state, path) if ours else released_config(weights, path)
     try:
-        config = RefinerConfig(**state["config"]) if "config" in state else released_config(weights, path)
-        model = RefinerViT(config).to(map_location)
+        if config.depth > len(weights):
+            raise ValueError(f"it speaks of {config.depth} blocks, and holds {len(weights)} weights")
+        with torch.device("meta"):  # which takes no memory
+            faults = _misfits(RefinerViT(config).state_dict(), weights)
+        if faults:
+            raise ValueError(some(faults))
+        if ours and len(state.get("classes", weights["head.bias"])) != config.num_classes:
+            raise ValueError(f"it names {len(state['classes'])} classes, and its model has {config.num_classes}")
+    except (ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes that cannot be
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds weights of another model than it says ({reason})") from None
+    return config
+
+
+def _saved_config(state: dict, path) -> RefinerConfig:
+    try:
+        check_fields(state["config"], {field.name: field.type for field in fields(RefinerConfig)})
+        return RefinerConfig(**state["config"])
     except (TypeError, ValueError) as error:  # a field that this version does not know
         raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
-    load_weights(model, weights)
-    return model.eval(), state
 
 
 def released_config(weights: dict, path="the file") -> RefinerConfig:
     """The configuration of published weights, by our names, from their shapes. UserError: they are of another model."""
     try:
         return _released_config(weights)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} was not written by refiner_min.train, and is no published Refiner-ViT "
                         f"({error})") from None
 
@@ -173,15 +217,32 @@ def load_weights(model: RefinerViT, weights: dict, classifier: bool = True):
     weights, own = ({name: value for name, value in values.items() if not name.startswith(left_out)}
                     for values in (weights, model.state_dict()))
     position = weights.get("position")
-    if position is not None and position.shape != own["position"].shape and position.shape[2] == model.config.dim:
+    if position is not None and position.shape != own["position"].shape and _is_grid(position, model.config.dim):
         weights["position"] = _resize_position(position, model.config.grid)
-    faults = [f"missing: {name}" for name in own if name not in weights]
-    faults += [f"unknown: {name}" for name in weights if name not in own]
-    faults += [f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-               for name in own if name in weights and weights[name].shape != own[name].shape]
+    faults = _misfits(own, weights)
     if faults:
         raise UserError(f"the weights do not fit {model.config}: " + "; ".join(faults))
+    unfit = [name for name, value in weights.items() if not value.isfinite().all()]
+    if unfit:
+        raise UserError(f"the weights are not finite: {some(unfit)}")
     model.load_state_dict(weights, strict=False)
+
+
+def _misfits(own: dict, weights: dict) -> list[str]:
+    """How weights differ from a model's own in names, shapes and kinds of number, one by one."""
+    faults = [f"missing: {name}" for name in own if name not in weights]
+    faults += [f"unknown: {name}" for name in weights if name not in own]
+    both = [(name, weights[name], own[name]) for name in own if name in weights]
+    faults += [f"{name}: {tuple(there.shape)} in the file, {tuple(here.shape)} in the model"
+               for name, there, here in both if there.shape != here.shape]
+    return faults + [f"{name}: {there.dtype} in the file, {here.dtype} in the model"
+                     for name, there, here in both if there.is_floating_point() != here.is_floating_point()]
+
+
+def _is_grid(position: torch.Tensor, dim: int) -> bool:
+    """Whether these are positions (1, side * side + 1, dim)."""
+    return position.ndim == 3 and len(position) == 1 and position.shape[2] == dim and (
+        position.shape[1] > 1 and math.isqrt(position.shape[1] - 1) ** 2 == position.shape[1] - 1)
 
 
 def _resize_position(position: torch.Tensor, grid: int) -> torch.Tensor:

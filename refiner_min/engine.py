@@ -1,9 +1,9 @@
 """A run: the step, the epoch, the average of the weights, and what is saved to go on from.
 
-The pieces stand in the order in which training uses them. Source of the steps: timm's training script as the published
+Its parts stand in the order in which training uses them. Source of the steps: timm's training script as the published
 code runs it; the code is ours.
-It imports model, data, augment, relabel, recipes, checkpoint, evaluation, memory, records, stopping, hardware and
-distributed.
+It imports model, data, augment, relabel, recipes, checkpoint, foreign, evaluation, memory, step, records, stopping,
+hardware and distributed.
 """
 
 import math
@@ -14,117 +14,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from refiner_min import UserError, checkpoint, distributed, hardware, records, seed_for
-from refiner_min.augment import Augmentation, Batch, StreamAugmentation, erase
+from refiner_min.augment import Batch, erase
 from refiner_min.data import Subset
 from refiner_min.evaluation import evaluate
+from refiner_min.foreign import check_alike, check_fields
 from refiner_min.memory import recompute_maps
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, schedule
-from refiner_min.relabel import Labels, TokenLabelLoss, box_share, cutmix, mix_token_box, mixup, pool_label_map
+from refiner_min.relabel import Labels, TokenLabelLoss, box_share, mix_token_box, pool_label_map
+from refiner_min.step import LOSS_HINT, LossWatch, make_augmentation, make_mixing, parameter_groups
 from refiner_min.stopping import SaveClock, StopRequest
-
-LOSS_HINT = ("training stopped and the last good checkpoint was kept: a run in another --out with a smaller --lr or a "
-             "longer --warmup-epochs usually helps")
-LOOK_EVERY = 20  # steps between two looks at the loss
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pieces of a step
-
-
-def parameter_groups(network, weight_decay: float) -> list[dict]:
-    """Decay on matrices and kernels; none on biases, norms, scales, the class token and the positions (as timm's)."""
-    decay, rest = [], []
-    for name, parameter in network.named_parameters():
-        keep = parameter.ndim <= 1 or name in ("class_token", "position")
-        (rest if keep else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-def make_mixing(recipe: Recipe, num_classes: int):
-    """(images, Labels) -> both mixed within the batch by mixup or cutmix, one of the two at random."""
-    kinds = [kind for kind in ("mixup", "cutmix") if getattr(recipe, kind)]
-
-    def mix(images, labels: Labels) -> tuple[torch.Tensor, Labels]:
-        if not kinds:
-            return images, labels
-        if labels.image.ndim == 1:
-            labels = labels._replace(image=F.one_hot(labels.image, num_classes).float())
-        kind = kinds[int(torch.randint(len(kinds), ()))]
-        lam = float(torch.distributions.Beta(*[float(getattr(recipe, kind))] * 2).sample())
-        if kind == "mixup":
-            return mixup(images, labels, lam)
-        return cutmix(images, labels, mix_token_box(images.shape[2], lam))
-
-    return mix
-
-
-def make_stream_augmentation(recipe: Recipe) -> StreamAugmentation:
-    """What the workers of a streamed set do to a picture."""
-    return StreamAugmentation(recipe.img_size, (recipe.crop_min, recipe.crop_max), recipe.flip, recipe.randaugment,
-                              recipe.draft)
-
-
-def make_augmentation(recipe: Recipe, split) -> Augmentation:
-    """What is done to a batch on its device."""
-    area = None if split.cropped else (recipe.crop_min, recipe.crop_max)
-    return Augmentation(recipe.img_size, area, flip=recipe.flip, turn=recipe.turn, colour=recipe.colour)
-
-
-class LossWatch:
-    """Sums the loss where it is computed. What it shows is a few steps old on a GPU, which is never waited for."""
-
-    def __init__(self, device):
-        self.device = device
-        self.total = torch.zeros(2, dtype=hardware.widest_float(device), device=device)  # sum of losses, pictures
-        self.newest = torch.zeros_like(self.total)  # of these what was not asked for yet
-        self.bad = torch.full((), math.inf, device=device)  # the first step whose loss was not finite
-        self.shown, self.pending = math.nan, None
-
-    def add(self, loss, count: int, step: int):
-        loss = loss.detach()
-        loss_and_count = torch.stack([loss * count, torch.full_like(loss, count)])
-        self.total += loss_and_count
-        self.newest += loss_and_count
-        self.bad = torch.where(loss.isfinite(), self.bad, self.bad.clamp(max=step))
-        if self.pending is None and (step % LOOK_EVERY == 0 or self.device.type == "cpu"):
-            cuda = self.device.type == "cuda"
-            values = torch.stack([loss.to(self.bad), self.bad]).to("cpu", non_blocking=cuda)
-            self.pending = values, torch.cuda.current_stream().record_event() if cuda else None
-        if self.pending is not None and (self.pending[1] is None or self.pending[1].query()):
-            (self.shown, bad), self.pending = self.pending[0].tolist(), None
-            self.check(bad)
-
-    def recent(self) -> float:
-        """The mean loss a picture in this process since it was last asked for; waits for the device."""
-        loss, count = self.newest.tolist()
-        self.newest.zero_()
-        return loss / count
-
-    def mean(self) -> float:
-        """The mean loss a picture since the start; waits for the device. UserError if it was ever not finite.
-        Of several processes the first one then holds all of the sums, to be saved."""
-        self.check(float(distributed.smallest_over_processes(self.bad)))
-        loss, count = distributed.sum_over_processes(self.total).tolist()
-        if not distributed.is_main():
-            self.total.zero_()
-        return loss / count
-
-    @staticmethod
-    def check(bad: float):
-        if bad < math.inf:
-            raise UserError(f"the loss was not finite at step {int(bad)}; {LOSS_HINT}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
 
 
 class Run:
@@ -203,13 +108,42 @@ class Run:
             "loss": self.loss.total, "seconds": self.seconds,
         }
 
+    def check(self, state: dict):
+        """ValueError naming what of a state, whose fields checkpoint.check has seen, is not of this run's form."""
+        check_fields(state["optimizer"], {"state": dict}, ["state"])
+        check_fields(state["scheduler"], {"last_epoch": int}, ["last_epoch"])
+        moments = {index: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+                   for index, parameter in self.numbered_parameters() if index in state["optimizer"]["state"]}
+        here = {"model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema is not None else None,
+                "optimizer": moments, "scaler": self.scaler.state_dict(), "loss": self.loss.total.to(state["loss"])}
+        there = {name: state[name] for name in here} | {"optimizer": state["optimizer"]["state"]}
+        check_alike(there, here, "its state")
+        step, history, total = state["step"], state["history"], self.recipe.epochs * self.steps_per_epoch
+        if not 0 <= state["scheduler"]["last_epoch"] <= step <= total:
+            raise ValueError(f"it is at step {step} of {total}")
+        if len(history) != step // self.steps_per_epoch or any(row.keys() != history[0].keys() for row in history):
+            raise ValueError(f"its history is not that of {step // self.steps_per_epoch} epochs")
+        for row in history:
+            check_fields(row, {name: float for name in records.ROW}, records.ROW)
+
+    def numbered_parameters(self):
+        """The parameters, by the numbers that the optimizer's state gives them."""
+        return enumerate(value for group in self.optimizer.param_groups for value in group["params"])
+
+    @torch.no_grad()
     def restore(self, state: dict):
-        """Go on from a state."""
+        """Go on from a state. ValueError, and nothing is restored: as check's."""
+        self.check(state)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        moments = state["optimizer"]["state"]
+        for index, parameter in self.numbered_parameters():
+            for name in moments.get(index, {}).keys() - {"step"}:  # in memory as the parameter: on a GPU others lie so
+                moments[index][name] = torch.empty_like(parameter).copy_(moments[index][name])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(  # sets the learning rate, too
+            self.optimizer, schedule(self.recipe, self.steps_per_epoch), state["scheduler"]["last_epoch"] - 1)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         if self.rank == 0:  # which holds the sums of all
@@ -239,7 +173,7 @@ class Run:
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
             if stop.agreed(self.step):
                 return
-            if clock.due(self.step):
+            if clock.due(self.step) and self.step % self.steps_per_epoch:  # after the last one it is evaluated first
                 self.count_up()
                 self.save(clock)
 

@@ -39,12 +39,17 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
     probabilities. UserError: what cannot be read or written."""
     model, state = checkpoint.load_model(weights)
     if "config" in state:
-        crop, classes = state["recipe"]["eval_crop"], state["classes"]
+        checkpoint.check(state, weights, ["recipe", "classes"])
+        crop, classes = recipes.saved_recipe(state, weights).eval_crop, state["classes"]
     else:  # published
         crop, count = recipes.published_crop(model.config), model.config.num_classes
         classes = data.class_names(data.imagenet_wnids()) if count == 1000 else [f"class {k}" for k in range(count)]
+    if model.config.in_channels not in (1, 3):
+        raise UserError(f"{weights} is a model of pictures with {model.config.in_channels} channels, and a photo has 3")
     image = evaluation_image(photo, model.config, crop)
     probabilities, likeliest = model(image).softmax(dim=1)[0].topk(min(5, model.config.num_classes))
+    if not probabilities.isfinite().all():
+        raise UserError(f"{weights} gives no finite answer for {photo}")
     names = [classes[index] for index in likeliest]
     shown = (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).squeeze(2)  # (S, S, 3), or (S, S) of a grey model
     figure = plots.explanation(shown.numpy(), names, probabilities.tolist(), class_token_maps(model, image, blocks))

@@ -18,17 +18,17 @@ except ImportError:  # Windows
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; None: a GPU if there is one, of several processes a GPU each. UserError: it cannot be
-    used here."""
+    used here, or holds no data, as "meta" does."""
     if distributed.launched() and name is not None and ":" in name:
         raise UserError(f"--device {name} would be that of every process: leave the number out, and each takes its own")
     if name in (None, "cuda") and torch.cuda.is_available():
         name = f"cuda:{distributed.local_rank()}"
     try:
-        device = torch.device(name or "cpu")
-        torch.empty(1, device=device)
+        device = torch.device("cpu" if name is None else name)
+        torch.ones(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
 
@@ -110,6 +110,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def most_workers() -> int:
+    """What may be asked for: several times the cores, for a network disk that is waited for, and no more."""
+    return 8 * available_cores()
 
 
 def default_workers() -> int:

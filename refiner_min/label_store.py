@@ -2,7 +2,7 @@
 
 A label map is what an annotator network says of every place of a picture: for each of H x W cells its k largest class
 logits and their classes. A store holds those of a whole training split; its maps are read batch by batch.
-Source: token labeling, arXiv:2104.10858; ReLabel, arXiv:2101.05022; the packed store is ours.
+Source: token labeling, arXiv:2104.10858; ReLabel, arXiv:2101.05022; the packed store is ours. It imports foreign.
 """
 
 import errno
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from refiner_min import UserError, replacing, some, write_json
+from refiner_min.foreign import check_fields, read_torch
 
 
 class LabelMap(NamedTuple):
@@ -44,6 +45,8 @@ class PackedLabels:
     row i in line i), logits.f16 and ids.i16 (n, k, H, W), which stay on the disk and are mapped into memory."""
 
     FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
+    FIELDS = {"annotator": str, "size": int, "classes": list[str], "shape": list[int], "done": int,
+              "skipped": list[str]}
 
     def __init__(self, folder: Path, classes: list[str]):
         facts, names = self.describe(folder)
@@ -56,29 +59,39 @@ class PackedLabels:
                             f"began it goes on with --resume")
         self.folder, self.num_classes, self.shape = folder, len(classes), (len(names), *facts["shape"])
         self.annotator, self.skipped = f"{facts['annotator']} at {facts['size']} px", set(facts["skipped"])
-        self.check_size(folder, facts)
+        self.check_size(folder, facts, whole=True)
 
     @classmethod
     def describe(cls, folder: Path) -> tuple[dict, list[str]]:
         """What labels.json says, and the pictures' names. UserError: they are damaged."""
         try:
             facts = json.loads((folder / cls.FACTS).read_text())
-            if not {"annotator", "size", "classes", "shape", "done", "skipped"} <= facts.keys():
-                raise ValueError(f"{cls.FACTS} holds {', '.join(facts) or 'nothing'}")
-            if not all(isinstance(number, int) for number in (facts["done"], *facts["shape"])):
-                raise ValueError(f"{cls.FACTS} holds the shape {facts['shape']}")
-            return facts, cls.unpack((folder / cls.NAMES).read_bytes())
-        except (OSError, ValueError, AttributeError) as error:
+            names = cls.unpack((folder / cls.NAMES).read_bytes())
+            cls.check(facts, names)
+            return facts, names
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{folder} is a damaged store of label maps ({error}): make it again") from None
 
     @classmethod
-    def check_size(cls, folder: Path, facts: dict):
-        """UserError if the files hold fewer rows than labels.json says."""
+    def check(cls, facts, names: list[str]):
+        """ValueError: labels.json holds no such facts, or facts that cannot be, or that do not go with pictures.txt."""
+        check_fields(facts, cls.FIELDS, cls.FIELDS)
+        shape, done = facts["shape"], facts["done"]
+        if len(shape) != 3 or shape[1] != shape[2] or not (1 <= shape[0] <= len(facts["classes"]) and shape[1] >= 1):
+            raise ValueError(f"maps of shape {shape} for {len(facts['classes'])} classes in {cls.FACTS}")
+        if not 0 <= done <= len(names) or len(set(names)) < len(names) or not set(names).issuperset(facts["skipped"]):
+            raise ValueError(f"{cls.FACTS} and {cls.NAMES} do not go together")
+
+    @classmethod
+    def check_size(cls, folder: Path, facts: dict, whole: bool = False):
+        """UserError if the files hold fewer rows than labels.json says, or, of a whole store, not just as many."""
         expected = 2 * facts["done"] * math.prod(facts["shape"])  # bytes
         for path in (folder / cls.LOGITS, folder / cls.IDS):
-            if not path.exists() or path.stat().st_size < expected:
-                raise UserError(f"{folder} is a damaged store of label maps ({path.name} is shorter than the "
-                                f"{expected:,} bytes that {cls.FACTS} speaks of): make it again")
+            size = path.stat().st_size if path.is_file() else 0
+            if size < expected or whole and size > expected:
+                raise UserError(f"{folder} is a damaged store of label maps ({path.name} is "
+                                f"{'shorter' if size < expected else 'longer'} than the {expected:,} bytes that "
+                                f"{cls.FACTS} speaks of): make it again")
 
     @staticmethod
     def pack(names: list[str]) -> bytes:
@@ -93,7 +106,9 @@ class PackedLabels:
         _, lines = self.describe(self.folder)
         rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
         _check_found(self.folder, names, [name in rows for name in names])
-        return np.array([rows[name] for name in names])
+        found = np.array([rows[name] for name in names])
+        self.read(found[:1])  # so that what is wrong is told before training starts
+        return found
 
     def planes(self) -> tuple[np.memmap, np.memmap]:
         """Mapped anew for every read: nothing to send to a worker process, and no page stays in memory."""
@@ -102,8 +117,10 @@ class PackedLabels:
 
     def read(self, rows) -> LabelMap:
         logits, ids = (torch.from_numpy(plane[rows]) for plane in self.planes())
-        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes,
-                        [f"row {row} of {self.folder}" for row in rows])
+        sources = [f"row {row} of {self.folder}" for row in rows]
+        if (logits[:, 1:] > logits[:, :-1]).any():  # as of maps that are read with another one's shape
+            raise UserError(f"{sources[0]}, or one beside it, holds logits that are not the largest first")
+        return _checked(LabelMap(logits.float(), ids.long()), self.num_classes, sources)
 
 
 class LabelWriter:
@@ -207,9 +224,13 @@ class LabelFiles:
 
     def _load(self, path: Path) -> torch.Tensor:
         try:
-            planes = torch.load(path, map_location="cpu", weights_only=True)
-            if planes.ndim != 4 or len(planes) != 2:
+            planes = read_torch(path)
+            if not isinstance(planes, torch.Tensor):
+                raise ValueError(f"a {type(planes).__name__} instead of a tensor")
+            if planes.ndim != 4 or len(planes) != 2 or not planes.numel():
                 raise ValueError(f"shape {tuple(planes.shape)} instead of (2, k, H, W)")
+            if not (planes[1] == planes[1].round()).all():
+                raise ValueError("class ids that are no whole numbers")
         except Exception as error:  # torch.load raises many kinds
             raise UserError(f"{path} is no label map ({(str(error) or repr(error)).splitlines()[0]})") from None
         return planes

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from refiner_min.augment import normalise
-from refiner_min.checkpoint import load, load_weights, weights_of
+from refiner_min.checkpoint import config_of, load, load_weights, weights_of
 from refiner_min.data import load_subset
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import Recipe, build_model
+from refiner_min.recipes import build_model, saved_recipe
 
 PICTURES = 512  # of the split, evenly spread, over which maps and tokens are measured
 
@@ -51,8 +51,10 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
 
 def measure_run(folder: Path, device: torch.device) -> dict:
     """measure of the model that the run in a folder evaluated last, over its validation pictures."""
-    state = load(folder / "last.pt")
-    recipe = Recipe(**state["recipe"])
+    path = folder / "last.pt"
+    state = load(path)
+    config_of(state, path, needed=["subset", "data", "recipe"])
+    recipe = saved_recipe(state, path)
     subset = load_subset(state["subset"], state["data"], recipe.img_size, only_val=True, hold_out=recipe.hold_out,
                          grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop)
     model = build_model(recipe, len(subset.classes), subset.channels)

@@ -10,6 +10,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from refiner_min import UserError
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # others, such as EPS, are read by running a program
 SKIP_HINT = "--skip-bad leaves such pictures out"  # what a command that can adds to the sentence
 
 
@@ -20,7 +21,7 @@ def read_picture(source, mode: str = "RGB", enough=None) -> Image.Image:
     try:
         if not Path(source).is_file():  # a pipe would be waited for
             raise ValueError("no file, or a broken link" if os.path.lexists(source) else "there is no such file")
-        with Image.open(source) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
             if enough is not None:
                 _decode_smaller(picture, enough)
             ImageOps.exif_transpose(picture, in_place=True)

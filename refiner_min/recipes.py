@@ -1,6 +1,6 @@
 """All that decides a run's numbers: the recipe, each subset's presets, how one is chosen, its model and its schedule.
 
-Every field of Recipe is a flag of refiner_min.train. It imports hardware and model, and nothing that trains.
+Every field of Recipe is a flag of refiner_min.train. It imports hardware, model and foreign, and nothing that trains.
 """
 
 import math
@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 
-from refiner_min import UserError, hardware, model
+from refiner_min import UserError, foreign, hardware, model
 
 VERSION = 3  # of what recipes mean: a run that was begun with another is not gone on with
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 
 
-def option(default, text: str, low=-math.inf, high=math.inf, choices=None):
-    """A field of a recipe: its default, what it is, and the range that it must lie in."""
-    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+def option(default, text: str, low=-math.inf, high=math.inf, choices=None, above=0):
+    """A field of a recipe: its default, what it is, and the range that it must lie in; if it is not 0, which may stand
+    for none, from above on."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices, "above": above})
 
 
 @dataclass(frozen=True)
@@ -24,36 +25,39 @@ class Recipe:
     """What a run is made of. Every field is a flag of the command; the subclasses are the presets."""
 
     model: str = option("ti", "size of the model", choices=tuple(MODELS))
-    dim: int = option(0, "channels; 0: the model's", 0)
-    depth: int = option(0, "blocks; 0: the model's", 0)
-    heads: int = option(0, "of attention; 0: the model's", 0)
-    img_size: int = option(64, "pixels a side", 2)
-    patch_size: int = option(8, "pixels a side of a patch", 2)
+    dim: int = option(0, "channels; 0: the model's", 0, 2**16)
+    depth: int = option(0, "blocks; 0: the model's", 0, 1000)
+    heads: int = option(0, "of attention; 0: the model's", 0, 2**16)
+    img_size: int = option(64, "pixels a side", 2, 2**14)
+    patch_size: int = option(8, "pixels a side of a patch", 2, 2**14)
     refine: bool = option(True, "refine the attention maps; --no-refine is a plain ViT of the same depth and width")
     share: bool = option(True, "blocks in pairs of own and shared map; --no-share refines every block's own")
-    expand: int = option(3, "expanded maps a head; 1 for no expansion", 1)
-    kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1)
+    expand: int = option(3, "expanded maps a head; 1 for no expansion", 1, 1000)
+    kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1, 1001)
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
     unrefined: bool = option(False, "pairs share the map as it is: what sharing alone does")
     drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
-    epochs: int = option(12, "passes over the training pictures", 1)
-    batch_size: int = option(64, "pictures a step, over all processes together", 1)
-    lr: float = option(1e-3, "peak learning rate; not given, the preset's is scaled with the batch size", 1e-12)
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine", 0)
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up; not given, fewer in a shorter run", 0)
-    cooldown_epochs: int = option(0, "last epochs, at min-lr; not given, fewer in a shorter run", 0)
-    weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only", 0)
+    epochs: int = option(12, "passes over the training pictures", 1, 10**6)
+    batch_size: int = option(64, "pictures a step, over all processes together", 1, 2**24)
+    lr: float = option(1e-3, "peak learning rate; not given, the preset's is scaled with the batch size", 1e-12,
+                       1000)
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine", 0, 1000)
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up; not given, fewer in a shorter run", 0, 10**6)
+    cooldown_epochs: int = option(0, "last epochs, at min-lr; not given, fewer in a shorter run", 0, 10**6)
+    weight_decay: float = option(0.05, "AdamW's, on matrices and kernels only", 0, 1000)
     ema: float = option(0.0, "decay of the weights' moving average, which is what is evaluated, 0 for none; not given, "
                         "the preset's for the same number of pictures", 0, 1)
     smoothing: float = option(0.1, "label smoothing", 0, 1)
-    dense_weight: float = option(0.0, "weight of the patch tokens' loss, 0.5 with --relabel; 0: no token head", 0)
+    dense_weight: float = option(0.0, "weight of the patch tokens' loss, 0.5 with --relabel; 0: no token head", 0,
+                                 1000)
     token_labels: bool = option(True, "the patch tokens learn from token labels where there are any; with "
                                 "--no-token-labels, and where there are none, each from its picture's label")
     mix_token: bool = option(False, "MixToken: swap a box of tokens with another picture's")
-    mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two", 0)
-    cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0)
+    mixup: float = option(0.0, "alpha of mixup; 0 for none. With cutmix too, each batch gets one of the two", 0, 1000,
+                          above=0.001)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 for none", 0, 1000, above=0.001)
     crop_min: float = option(0.35, "smallest area of a random crop, as a share of the picture's", 0.001, 1)
-    crop_max: float = option(1.0, "largest; above 1 zooms out (sets in memory)", 0.001)
+    crop_max: float = option(1.0, "largest; above 1 zooms out (sets in memory)", 0.001, 100)
     draft: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 of its size where its crop needs no more "
                          "(streamed sets); not as published")
     flip: float = option(0.5, "probability of a mirrored picture", 0, 1)
@@ -65,25 +69,33 @@ class Recipe:
                               0.01, 2)
     hold_out: float = option(0.0, "validate on this share of each class's training pictures, left out of training, and "
                              "not on val/: to choose recipes by", 0, 0.5)
-    clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0)
+    clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0, 10**6, above=1e-6)
     sync_bn: bool = option(False, "BatchNorm counts over all processes together; not as published")
     seed: int = option(0, "of the weights, the order and the augmentation", 0, 2**32 - 1)
     amp: str = option("auto", "number format of the matrix products; auto: bf16 where the hardware has it",
                       choices=("auto", "bf16", "fp16", "off"))
 
     def check(self):
-        """UserError naming the first field that is out of its range."""
-        for item in fields(Recipe):
-            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
-            flag = f"--{item.name.replace('_', '-')} {value}"
-            if item.type in (int, float) and not low <= value <= high:
-                top = f" and at most {high:g}" if high < math.inf else ""
-                raise UserError(f"{flag} must be at least {low:g}{top}")
+        """UserError naming the first field that is out of its range, or those that do not go together."""
+        self.check_ranges()
         if self.crop_min > self.crop_max:
             raise UserError(f"--crop-min {self.crop_min} must not be above --crop-max {self.crop_max}")
         if self.warmup_epochs + self.cooldown_epochs > self.epochs:
             raise UserError(f"--warmup-epochs {self.warmup_epochs:g} and --cooldown-epochs {self.cooldown_epochs} must "
                             f"fit into --epochs {self.epochs}")
+
+    def check_ranges(self):
+        """UserError naming the first field that is out of its range."""
+        for item in fields(Recipe):
+            value, choices, low, high, above = getattr(self, item.name), *map(
+                item.metadata.get, ("choices", "low", "high", "above"))
+            flag = f"--{item.name.replace('_', '-')} {value}"
+            if item.type in (int, float) and not low <= value <= high:  # nan is not
+                raise UserError(f"{flag} must be at least {low:g} and at most {high:g}")
+            if item.type is float and 0 < value < above:
+                raise UserError(f"{flag} must be 0 or at least {above:g}")
+            if choices and value not in choices:
+                raise UserError(f"{flag} must be one of {', '.join(choices)}")
 
 
 SIZES = ("dim", "depth", "heads")  # fields in which 0 is the model's own
@@ -265,12 +277,34 @@ def choose_recipe(subset: str, device: torch.device, given: dict, relabelled: bo
     if given.get("linear"):
         given = {"share": False} | given
     recipe = replace(preset, **given)
+    recipe.check_ranges()  # before anything is derived from them
     shorter, larger = min(recipe.epochs / preset.epochs, 1), recipe.batch_size / preset.batch_size
     derived = {"lr": preset.lr * larger, "ema": preset.ema**larger, "warmup_epochs": preset.warmup_epochs * shorter,
                "cooldown_epochs": int(preset.cooldown_epochs * shorter), "amp": hardware.hardware_amp(device),
                "dense_weight": 0.5 if relabelled else preset.dense_weight}
     recipe = replace(recipe, **{name: value for name, value in derived.items() if given.get(name, "auto") == "auto"})
     recipe.check()
+    return recipe
+
+
+def saved_recipe(state: dict, path) -> Recipe:
+    """The recipe that the file of ours at path was made with. UserError: one that this version does not know, of
+    another model than the file's, or for a set of an unknown kind."""
+    try:
+        foreign.check_fields(state["recipe"], {item.name: item.type for item in fields(Recipe)})
+        recipe = Recipe(**state["recipe"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
+    try:
+        recipe.check()
+    except UserError as error:
+        raise UserError(f"{path} was made with a recipe that cannot be: {error}") from None
+    if state.get("subset", "digits") not in PRESETS:
+        raise UserError(f"{path} was made on a set of an unknown kind, {state['subset']}")
+    saved = {name: value for name, value in asdict(recipe).items() if name in OF_MODEL and (value or name not in SIZES)}
+    differing = [name for name, value in saved.items() if state["config"].get(name) != value]
+    if differing:
+        raise UserError(f"{path} was made with a recipe of another model than it holds: {', '.join(differing)}")
     return recipe
 
 
@@ -283,8 +317,8 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
     try:
         return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
                                     dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, RuntimeError, MemoryError) as error:  # torch's, where the memory does not hold it
+        raise UserError(f"no such model can be made here: {(str(error) or 'out of memory').splitlines()[0]}") from None
 
 
 WARMUP_LR = 1e-6  # where the warm-up begins, as published

@@ -19,6 +19,7 @@ from refiner_min import UserError, __version__, distributed, hardware, replacing
 HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
 TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
          "{images_per_second:>8.0f}")
+ROW = ("epoch", "step", "lr", "train_loss", "val_loss", "val_accuracy", "seconds", "images_per_second")  # and more
 
 
 def table_row(row: dict) -> str:

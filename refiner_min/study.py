@@ -292,8 +292,8 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--speed", action="store_true", help=f"measure the images a second of every experiment, with "
                         f"nothing beside it: {RESULTS}/{report.SPEED}, and stop")
     args = parser.parse_args(arguments)
-    if args.minutes is not None and args.minutes <= 0:
-        raise UserError(f"--minutes {args.minutes:g} must be above 0")
+    if args.minutes is not None and not 0 < args.minutes <= 10**6:  # nan is neither
+        raise UserError(f"--minutes {args.minutes:g} must be above 0 and at most 1000000")
     return args
 
 

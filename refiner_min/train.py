@@ -7,6 +7,7 @@ Several GPUs or machines: torchrun --nproc-per-node 8 -m refiner_min.train --sub
 
 import argparse
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 
 from refiner_min import UserError, checkpoint, data, distributed, hardware, records, run_command, some, write_json
-from refiner_min.engine import Run, fit, make_stream_augmentation
+from refiner_min.engine import Run, fit
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe
+from refiner_min.recipes import VERSION, Recipe, build_model, choose_recipe, published_recipe, saved_recipe
 from refiner_min.splits import readers_told
+from refiner_min.step import make_stream_augmentation
 from refiner_min.stopping import claim
 
 NOT_SAVED = {  # of the flags, with their defaults: how a run is done here and now, which a checkpoint does not say
@@ -72,9 +74,11 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    for name, low in (("workers", 0), ("eval_batch_size", 1), ("accumulate", 1), ("log_every", 0)):
-        if known[name] is not None and known[name] < low:
-            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low}")
+    for name, low, high in (("workers", 0, hardware.most_workers()), ("eval_batch_size", 1, 2**24),
+                            ("accumulate", 1, 2**16), ("log_every", 0, 2**31)):
+        if known[name] is not None and not low <= known[name] <= high:
+            more = f", eight times the {hardware.available_cores()} cores" if name == "workers" else ""
+            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low} and at most {high}{more}")
     if not known["save_every"] > 0:
         raise UserError(f"--save-every {known['save_every']:g} must be above 0")
     if known["finetune"] and not known["weights"] and known["resume"] is None:
@@ -91,9 +95,9 @@ def folder_of(args: argparse.Namespace) -> Path:
 def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> data.Subset:
     """Say what was chosen, then open the data; of several processes on a machine, the first one alone downloads and
     decodes. UserError: as data.load_subset's."""
-    main = distributed.is_main()
+    main, count = distributed.is_main(), distributed.world()
     if main:
-        processes = f", {distributed.world()} processes" if distributed.world() > 1 else ""
+        processes = f", {count} processes" if count > 1 else ""
         print(f"{args.subset}: on {hardware.describe(device)}{processes}")
         print("recipe: " + ", ".join(f"{name} {value}" for name, value in asdict(recipe).items()), flush=True)
     workers = args.workers if args.workers is not None else hardware.default_workers()
@@ -107,6 +111,8 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
         if fewest < most:
             raise UserError(f"some processes find {fewest:,} pictures and others {most:,}: the machines' copies of "
                             f"{subset.root} differ")
+    if count > len(subset.val):
+        raise UserError(f"{count} processes are more than the {len(subset.val)} pictures to validate: start fewer")
     if main:
         training = f"{len(subset.train):,} pictures to train on{subset.train.note}; " if not args.eval else ""
         print(f"{training}{len(subset.val):,} to validate, {len(subset.classes)} classes")
@@ -123,6 +129,9 @@ def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device, accumu
     if recipe.batch_size % parts:
         what = f"{parts}, the processes times --accumulate {accumulate}" if accumulate > 1 else f"the {parts} processes"
         raise UserError(f"--batch-size {recipe.batch_size} must be a multiple of {what}")
+    if recipe.img_size == 2 and recipe.batch_size == parts:
+        raise UserError(f"--batch-size {recipe.batch_size} is one picture at a time, and of --img-size 2 one place is "
+                        f"left of it, over which BatchNorm cannot count: take more of either")
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError("--sync-bn is for processes on GPUs: leave it out")
     if subset.storage == "stream":
@@ -147,17 +156,10 @@ def check_saved(saved: dict, asked: dict, path):
         raise UserError(f"{path} was made with another configuration: {', '.join(differing)}")
 
 
-def saved_recipe(state: dict, path) -> Recipe:
-    """The recipe that the file at path was made with. UserError: one that this version does not know."""
-    try:
-        return Recipe(**state["recipe"])
-    except TypeError as error:
-        raise UserError(f"{path} was written by another version of refiner_min ({error})") from None
-
-
 def load_start(net: RefinerViT, state: dict, path, same_classes: bool, wanted: str | None = None):
-    """Put the weights of state, ours or published, into net; without the same classes its heads stay new. A token head
-    that only one of the two has is left out, or stays new. UserError: what does not fit."""
+    """Put the weights of state, ours or published and checked by config_of, into net; without the same classes its
+    heads stay new. A token head that only one of the two has is left out, or stays new. UserError: what does not fit.
+    """
     weights, which = checkpoint.weights_of(state, wanted, path)
     if "config" in state:
         free = ("img_size", "num_classes", "drop_path", "dense")
@@ -184,6 +186,8 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     recipe = choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune)
     refuse_another(out)
     state = checkpoint.load(args.weights) if args.weights else None
+    if state is not None:
+        checkpoint.config_of(state, args.weights, args.eval_weights, needed=["classes"])
     subset = open_subset(args, recipe, device)
     check_fits(recipe, subset, device, args.accumulate)
     net = build_model(recipe, len(subset.classes), subset.channels)
@@ -231,9 +235,11 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     state = checkpoint.load(path)
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
+    checkpoint.check(state, path)
     if state.get("recipe_version") != VERSION:
         raise UserError(f"{path} was written by another version of refiner_min, whose recipes mean something else: "
                         f"begin the run again")
+    checkpoint.config_of(state, path, needed=checkpoint.FIELDS)
     for name in ("subset", "data", "relabel", "storage"):
         setattr(args, name, getattr(args, name) or state[name])
     args.storage = None if args.subset in data.BUILT_IN else args.storage
@@ -246,7 +252,10 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     run = Run(recipe, subset, net, device, path.parent, **options_of(args))
     own = ("classes", "pictures", "annotator", "storage")
     check_saved(state, {name: run.origin()[name] for name in own}, path)
-    run.restore(state)
+    try:
+        run.restore(state)
+    except ValueError as error:
+        raise UserError(f"{path} is no checkpoint of this run: {error}") from None
     parts, now = state["processes"] * state["accumulate"], run.world * run.accumulate
     if run.rank == 0 and parts != now:
         print(f"begun with a batch in {parts} parts (processes, times --accumulate), it goes on with {now}: the order "
@@ -260,7 +269,10 @@ def finish(run: Run, arguments: list[str]):
     records.write_history(run.out, run.history, run.title)
     result = records.results(run.history, averaged=run.ema is not None)
     path = run.out / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else records.facts(run, arguments)
+    try:
+        record = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # there is none, or a damaged one
+        record = records.facts(run, arguments)
     write_json(path, record | {"result": result})
     weights = "the weights' moving average" if run.ema is not None else "the weights"
     print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
@@ -276,8 +288,7 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
     path = Path(args.weights or args.resume or folder_of(args))
     path = path / "best.pt" if path.is_dir() or not (args.weights or args.resume) else path
     state = checkpoint.load(path)
-    weights, _ = checkpoint.weights_of(state, args.eval_weights, path)
-    dense = "token_head.weight" in weights
+    config = checkpoint.config_of(state, path, args.eval_weights, needed=["subset", "data", "recipe", "classes"])
     if "config" in state:
         args.subset = args.subset or state["subset"]
         args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
@@ -285,16 +296,17 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
         recipe.check()
     else:
         args.subset = args.subset or "imagenet"
-        recipe = published_recipe(args.subset, device, checkpoint.released_config(weights, path), given)
+        recipe = published_recipe(args.subset, device, config, given)
     subset = open_subset(args, recipe, device)
     if "config" in state and state["classes"] != subset.class_names:
         raise UserError(f"{path} knows {some(state['classes'])}, not the classes of {args.subset}")
-    if len(weights["head.bias"]) != len(subset.classes):
-        raise UserError(f"{path} knows {len(weights['head.bias'])} classes, not the {len(subset.classes)} of "
-                        f"{args.subset}")
-    net = build_model(recipe, len(subset.classes), subset.channels, dense)
+    if config.num_classes != len(subset.classes):
+        raise UserError(f"{path} knows {config.num_classes} classes, not the {len(subset.classes)} of {args.subset}")
+    net = build_model(recipe, len(subset.classes), subset.channels, config.dense)
     load_start(net, state, path, same_classes=True, wanted=args.eval_weights)
     score = evaluate(net.to(device), subset.val, device, local_batch(args.eval_batch_size or recipe.batch_size))
+    if not math.isfinite(score.loss):
+        raise UserError(f"{path} gives answers that are not finite")
     if distributed.is_main():
         print(score)
 

@@ -413,7 +413,7 @@ def test_a_store_of_other_pictures_is_not_gone_on_with(tmp_path):
     with pytest.raises(UserError, match="it differs in pictures"):
         annotate.main(command(root, "--resume"))
     Path("labels/labels.json").write_text("{}")
-    with pytest.raises(UserError, match="labels is a damaged store of label maps .labels.json holds nothing"):
+    with pytest.raises(UserError, match="labels is a damaged store of label maps .its field annotator is missing"):
         annotate.main(command(root, "--resume"))
 
 

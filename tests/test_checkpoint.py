@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import refiner_min
 from refiner_min import UserError, checkpoint, explain, train
 from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_l, refiner_vit_m, refiner_vit_s
 from tests.runs import SMALL, small
@@ -70,10 +71,21 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
             "try: checkpoint.save({'step': 2, 'weights': torch.zeros(10000)}, sys.argv[1], backup=True)\n"
             "except UserError as error: print(error)")
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert "last.pt could not be written" in done.stdout, done.stderr
+    assert "last.pt could not be written (no larger file is allowed here)" in done.stdout, done.stderr
     assert checkpoint.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 2000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_called_that(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    monkeypatch.setattr(refiner_min, "open", lambda path, mode: open("/dev/full", mode), raising=False)
+    for state in (STATE, {"weights": torch.zeros(10**6)}):  # told when the file is closed, or by torch on the way
+        with pytest.raises(UserError, match="last.pt could not be written .the disk is full.; what was there before"):
+            checkpoint.save(state, path, backup=True)
+    assert checkpoint.load(path)["step"] == 1
 
 
 def test_killed_between_the_renames(tmp_path, monkeypatch):
@@ -163,16 +175,19 @@ def test_small_weights_come_with_the_package_and_go_by_name(pictures, tmp_path, 
 
 def test_which_weights_of_a_file():
     """Of ours the average where there is one; of a published file the raw ones, as the published code takes them."""
-    ours = {"config": {}, "model": {"a": 1}, "ema": {"a": 2}}
-    published = {"state_dict": {"module.cls_token": 3}, "state_dict_ema": {"module.cls_token": 4}}
-    assert checkpoint.weights_of(ours) == checkpoint.weights_of(ours, "ema") == ({"a": 2}, "ema")
-    assert checkpoint.weights_of(ours, "raw") == ({"a": 1}, "raw")
-    assert checkpoint.weights_of(ours | {"ema": None}) == ({"a": 1}, "raw")
-    assert checkpoint.weights_of(published) == checkpoint.weights_of(published, "raw") == ({"class_token": 3}, "raw")
-    assert checkpoint.weights_of(published, "ema") == ({"class_token": 4}, "ema")
-    assert checkpoint.weights_of({"cls_token": 5}) == ({"class_token": 5}, "raw")  # a file of weights alone
-    for state, wanted in ((ours | {"ema": None}, "ema"), ({"config": {}, "ema": {}}, "raw"), ({"cls_token": 5}, "ema")):
-        with pytest.raises(UserError, match=f"best.pt holds no {wanted} weights, only"):
+    raw, ema = torch.tensor(1), torch.tensor(2)
+    ours = {"config": {}, "model": {"a": raw}, "ema": {"a": ema}}
+    published = {"state_dict": {"module.cls_token": raw}, "state_dict_ema": {"module.cls_token": ema}}
+    assert checkpoint.weights_of(ours) == checkpoint.weights_of(ours, "ema") == ({"a": ema}, "ema")
+    assert checkpoint.weights_of(ours, "raw") == ({"a": raw}, "raw")
+    assert checkpoint.weights_of(ours | {"ema": None}) == ({"a": raw}, "raw")
+    known = {"class_token": raw}, "raw"
+    assert checkpoint.weights_of(published) == checkpoint.weights_of(published, "raw") == known
+    assert checkpoint.weights_of(published, "ema") == ({"class_token": ema}, "ema")
+    assert checkpoint.weights_of({"cls_token": raw}) == known  # a file of weights alone
+    for state, wanted in ((ours | {"ema": None}, "ema"), ({"config": {}, "ema": {}}, "raw"), ({"config": {}}, None),
+                          ({"cls_token": raw}, "ema")):
+        with pytest.raises(UserError, match=f"best.pt holds no {wanted or 'raw'} weights, only"):
             checkpoint.weights_of(state, wanted, "best.pt")
 
 

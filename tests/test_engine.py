@@ -1,6 +1,7 @@
 """engine.py: every piece of a step against its definition, and what is learnt from."""
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from tqdm import tqdm
 
 from refiner_min import UserError, checkpoint, engine, evaluation, hardware, train
 from refiner_min.model import RefinerOutput
-from refiner_min.recipes import Recipe, schedule
+from refiner_min.recipes import schedule
 from refiner_min.records import StepLog
 from refiner_min.relabel import Labels, box_share, pool_label_map
+from refiner_min.step import parameter_groups
 from refiner_min.stopping import SaveClock, StopRequest
 from tests.pictures import random_labels
 from tests.runs import CPU, NUMBERS, run_of, small
@@ -33,35 +35,6 @@ def test_flags_of_the_training_reach_it(pictures):
             assert not enabled or torch.get_autocast_dtype("cpu") == dtype
     weights = [run_of(pictures, "--seed", seed).model.class_token for seed in ("1", "1", "2")]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_decay_is_on_matrices_and_kernels_only(pictures):
-    run = run_of(pictures)
-    decay, rest = engine.parameter_groups(run.model, 0.3)
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    chosen = {id(parameter) for parameter in decay["params"]}
-    for name, parameter in run.model.named_parameters():
-        is_kernel = name.endswith("weight") and parameter.ndim > 1
-        assert (id(parameter) in chosen) == is_kernel, name
-    assert len(decay["params"]) + len(rest["params"]) == len(list(run.model.parameters()))
-
-
-@pytest.mark.parametrize("flags", [dict(mixup=0.8), dict(cutmix=1.0), dict(mixup=0.8, cutmix=1.0)], ids=str)
-def test_labels_are_mixed_as_the_pictures_are(flags):
-    """Every picture shows the number of its class, so the mean of a mixed picture is what its label must be."""
-    torch.manual_seed(0)
-    mix = engine.make_mixing(Recipe(**flags), num_classes=8)
-    labels = torch.arange(8)
-    shares = set()
-    for _ in range(20):
-        images = labels.float()[:, None, None, None].expand(8, 3, 16, 16).clone()
-        mixed, (soft, _) = mix(images, Labels(labels))
-        torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
-        torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), soft @ labels.float(), atol=1e-4, rtol=1e-4)
-        shares.add(round(soft.max(dim=1).values[0].item(), 4))
-    assert len(shares) > 5
-    images, same = engine.make_mixing(Recipe(), 8)(images, Labels(labels))
-    assert same.image is labels
 
 
 def test_a_step_trains_on_what_was_mixed(pictures, monkeypatch):
@@ -85,7 +58,7 @@ def test_train_step_follows_its_definition(pictures):
     """One step of AdamW on smoothed cross-entropy, and the average of the weights after each, by hand."""
     run = run_of(pictures, "--amp", "off", "--ema", "0.6", "--smoothing", "0.2", "--lr", "0.001")
     twin = run_of(pictures, "--amp", "off", "--ema", "0.6").model.train()
-    optimizer = torch.optim.AdamW(engine.parameter_groups(twin, run.recipe.weight_decay), lr=0.001)
+    optimizer = torch.optim.AdamW(parameter_groups(twin, run.recipe.weight_decay), lr=0.001)
     average = {name: value.clone() for name, value in twin.state_dict().items()}
     images, labels = torch.randn(10, 3, 16, 16), torch.arange(10) % 3
     target = 0.8 * F.one_hot(labels, 3) + 0.2 / 3
@@ -189,18 +162,6 @@ def test_accumulated_parts_make_one_step(pictures, monkeypatch):
         torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
 
 
-def test_the_mean_loss_is_a_mean_over_pictures():
-    watch = engine.LossWatch(CPU)
-    watch.add(torch.tensor(1.0), 10, 0)
-    watch.add(torch.tensor(4.0), 5, 1)
-    assert watch.mean() == pytest.approx(2.0) and watch.shown == 4.0
-    with pytest.raises(UserError, match="not finite at step 7"):
-        watch.add(torch.tensor(math.inf), 5, 7)
-    watch.bad.clamp_(max=8)  # as later steps leave it
-    with pytest.raises(UserError, match="the loss was not finite at step 7"):
-        watch.mean()
-
-
 def test_erasing_comes_after_mixing(pictures, monkeypatch):
     """As published: noise is never mixed into the partner."""
     run, seen = run_of(pictures, "--erasing", "1"), []
@@ -262,7 +223,7 @@ def test_a_validation_loss_that_is_not_finite_is_called_that(pictures, monkeypat
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(pictures, monkeypatch):
-    real = engine.F.cross_entropy
+    real = F.cross_entropy
 
     def explode(logits, labels, **options):
         loss = real(logits, labels, **options)
@@ -273,7 +234,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(pictures, monk
         return loss
 
     explode.step = 0
-    monkeypatch.setattr(engine.F, "cross_entropy", explode)
+    monkeypatch.setattr(F, "cross_entropy", explode)
     with pytest.raises(UserError, match="the loss was not finite at step 3"):
         train.main(small(pictures, "--out", "a"))
     state = checkpoint.load("a/last.pt")
@@ -357,3 +318,21 @@ def test_digit_scenes_with_and_without_their_token_labels(flags, tokens):
     found = run.labels(run.augment(next(run.subset.train.epoch(torch.arange(4), 4))))
     assert found.image.shape == (4,) and (found.tokens is not None) == tokens
     assert run.model.config.dense == ("0" not in flags)
+
+
+def test_moments_are_laid_out_as_their_parameters_are(pictures):
+    """A GPU's convolutions have their channels last in memory, and the fused step goes through memory in order."""
+    run, twin = run_of(pictures), run_of(pictures)
+    batch = next(run.subset.train.epoch(run.order(0), run.local_batch))
+    run.train_batch(batch)
+    state = deepcopy(run.state())
+    for moments in state["optimizer"]["state"].values():
+        for name, value in moments.items():
+            if value.ndim == 4:
+                moments[name] = value.contiguous(memory_format=torch.channels_last)
+    twin.restore(state)
+    for one in (run, twin):
+        one.train_batch(batch)
+    assert run.optimizer.param_groups[0]["lr"] == twin.optimizer.param_groups[0]["lr"]
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, twin.model.state_dict()[name]), name

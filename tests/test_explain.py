@@ -14,7 +14,7 @@ from refiner_min import UserError, checkpoint, data, explain
 from refiner_min.augment import evaluation_picture, normalise
 from refiner_min.model import RefinerConfig, RefinerViT, refiner_vit_s
 from refiner_min.pictures import read_picture
-from refiner_min.recipes import Recipe
+from refiner_min.recipes import OF_MODEL, Recipe
 from tests.test_checkpoint import published_state
 
 SMALL = dict(img_size=32, patch_size=8, dim=24, depth=4, heads=3, num_classes=7, dense=False)
@@ -24,8 +24,9 @@ def weights(**overrides) -> Path:
     torch.manual_seed(0)
     model = RefinerViT(RefinerConfig(**SMALL | overrides))
     path = Path("best.pt")
-    recipe = asdict(Recipe(eval_crop=0.9))
-    checkpoint.save({"config": asdict(model.config), "recipe": recipe, "model": model.state_dict(),
+    config = asdict(model.config)
+    recipe = asdict(Recipe(eval_crop=0.9)) | {name: value for name, value in config.items() if name in OF_MODEL}
+    checkpoint.save({"config": config, "recipe": recipe, "model": model.state_dict(),
                      "classes": [f"thing {index}" for index in range(model.config.num_classes)]}, path)
     return path
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from refiner_min import annotate, checkpoint, distributed, engine, hardware, recipes, train
+from refiner_min import annotate, checkpoint, distributed, hardware, recipes, train
 from refiner_min.engine import Run
 from refiner_min.evaluation import evaluate
 from refiner_min.model import refiner_vit_ti
@@ -64,7 +64,7 @@ def train_an_epoch(run: Run, monkeypatch, forbid, free: int = 0):
             yield batch
 
     monkeypatch.setattr(run.subset.train, "epoch", epoch)
-    monkeypatch.setattr(engine, "LOOK_EVERY", 1)  # at the loss, in every step
+    monkeypatch.setattr("refiner_min.step.LOOK_EVERY", 1)  # at the loss, in every step
     with StopRequest() as stop:
         run.train_epoch(stop, tqdm(disable=True), SaveClock(20), StepLog(run))
     assert run.step == run.steps_per_epoch > 1

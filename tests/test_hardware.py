@@ -13,6 +13,9 @@ CPU = torch.device("cpu")
 def test_a_device_that_is_not_there():
     with pytest.raises(UserError, match="--device nonsense cannot be used here"):
         hardware.choose_device("nonsense")
+    for name in ("meta", "hpu", "lazy", "opengl", "cuda:-1", "", "é"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+            hardware.choose_device(name)
     assert hardware.choose_device("cpu") == CPU
 
 
@@ -52,6 +55,7 @@ def test_workers_are_the_cores_over_the_processes(cores, processes, workers, mon
         patch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
         patch.setattr(os, "cpu_count", lambda: 1000)
         assert hardware.available_cores() == cores and hardware.default_workers() == workers
+        assert hardware.most_workers() == 8 * cores
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert hardware.available_cores() == cores and hardware.default_workers() == workers

@@ -1,9 +1,12 @@
 """__init__.py: what every part of the package shares."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -107,3 +110,23 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(refiner_min, "fcntl", None)
     with locked(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize("command", ["train", "annotate", "explain", "prepare", "study", "neighbour"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(command):
+    """The torch here is one that is never done with it."""
+    Path("torch.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(Path.cwd()), str(Path(refiner_min.__file__).parents[1])])
+    process = subprocess.Popen([sys.executable, "-m", f"refiner_min.{command}"], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": path})
+    while not Path("begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "interrupted\n"
+    assert process.returncode in (130, -signal.SIGINT)  # a shell calls both 130
+
+
+def test_what_only_imports_the_package_keeps_its_tracebacks():
+    code = "import sys, refiner_min; assert sys.excepthook is sys.__excepthook__"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

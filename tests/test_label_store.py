@@ -52,9 +52,9 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     names = [f"{CLASSES[0]}/{index}" for index in range(50_000)]
     folder = pack_labels(tmp_path / "labels", names, *random_labels(1, grid=1))
     for file in (folder / "logits.f16", folder / "ids.i16"):
-        os.truncate(file, 50_000 * 5 * 20 * 20 * 2)  # sparse
+        os.truncate(file, 50_000 * 2 * 32 * 32 * 2)  # sparse
     facts = json.loads((folder / "labels.json").read_text())
-    (folder / "labels.json").write_text(json.dumps(facts | {"shape": [5, 20, 20], "done": 50_000}))
+    (folder / "labels.json").write_text(json.dumps(facts | {"shape": [2, 32, 32], "done": 50_000}))
     labels = open_labels(folder, list(CLASSES))
     keys = labels.find(names)
     assert len(pickle.dumps(labels)) < 1000
@@ -95,9 +95,87 @@ def test_stores_that_do_not_fit(tmp_path, facts, message):
         open_labels(folder, list(CLASSES))
 
 
+@pytest.mark.parametrize("facts", [
+    dict(shape=value) for value in (
+        None, 5, [2, 4], [2, 4, 4, 1], [0, 3, 3], [2, 0, 0], [2, -4, -4], [[2], 4, 4], [2.0, 4, 4], [True, 4, 4],
+        [10**40, 4, 4], [2, 8, 2], [8, 2, 2], [1, 1, 1], [2, 3, 3])] + [
+    dict(classes=value) for value in (None, 3, "n01440764", [1, 2, 3], {}, [None])] + [
+    dict(done=value) for value in (None, -1, 5, "4", 4.0, 10**30, [4])] + [
+    dict(skipped=value) for value in (None, "n01440764/a", [1], [["n01440764/a"]], ["n01440764/elsewhere"])] + [
+    dict(annotator=value) for value in (None, 1, ["hand"])] + [dict(size=value) for value in (None, "64", -1.5, [])],
+    ids=str)
+def test_facts_of_another_form_are_told(store, facts):
+    path = store / "labels.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    with pytest.raises(UserError, match="labels is a damaged store of label maps"):
+        open_labels(store, list(CLASSES))
+
+
+@pytest.mark.parametrize("content", [
+    "null", "[]", "5", '"labels"', "", "[" * 100_000, '{"done": NaN}', f'{{"done": {"9" * 5000}}}', "\x00", "\ufeff{}"],
+    ids=range(10))
+def test_json_that_holds_no_facts_is_told(store, content):
+    (store / "labels.json").write_text(content)
+    with pytest.raises(UserError, match="labels is a damaged store of label maps"):
+        open_labels(store, list(CLASSES))
+    (store / "labels.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="labels is a damaged store of label maps"):
+        open_labels(store, list(CLASSES))
+
+
+@pytest.mark.parametrize("names", [NAMES[:3], [*NAMES, "n01440764/more"], [NAMES[0], *NAMES[:3]], []], ids=str)
+def test_names_that_do_not_go_with_the_facts_are_told(store, names):
+    (store / "pictures.txt").write_text("".join(f"{name}\n" for name in names))
+    with pytest.raises(UserError, match="is a damaged store|is not complete"):
+        open_labels(store, list(CLASSES))
+
+
+def test_maps_that_are_read_with_another_ones_shape_are_told_at_once(tmp_path):
+    """4 x 4 x 4 bytes are as many as 1 x 8 x 8: the file's size fits, and its numbers do not."""
+    classes = [*CLASSES, "n03000684"]
+    folder = pack_labels(tmp_path / "labels", NAMES, *random_labels(4, num_classes=4, grid=8, top=1), classes=classes,
+                         shape=[4, 4, 4])
+    with pytest.raises(UserError, match="row 0 of .*labels, or one beside it, holds logits that are not the largest"):
+        open_labels(folder, classes).find(NAMES)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on sparse and quantized tensors
+@pytest.mark.parametrize("make, message", [
+    (lambda: torch.zeros(2, 2, 4, 4).to_sparse(), "no tensor of plain numbers"),
+    (lambda: torch.quantize_per_tensor(torch.zeros(2, 2, 4, 4), 0.1, 0, torch.qint8), "no tensor of plain numbers"),
+    (lambda: torch.zeros(2, 2, 4, 4, dtype=torch.complex64), "no tensor of plain numbers"),
+    (lambda: torch.empty(2, 2, 4, 4, device="meta"), "no tensor of plain numbers"),
+    (lambda: torch.zeros(1, 1, 1, 1).expand(2, 5, 30000, 30000), "a tensor that is larger than the file"),
+    (lambda: [torch.zeros(2, 2, 4, 4)], "a list instead of a tensor"), (lambda: {}, "a dict instead of a tensor"),
+    (lambda: "maps", "a str instead"), (lambda: None, "a NoneType instead"), (lambda: torch.zeros(2, 0, 4, 4), "shape"),
+    (lambda: torch.tensor(1.0), r"shape \(\) instead of"), (lambda: torch.full((2, 2, 4, 4), 0.5), "no whole numbers"),
+    (lambda: torch.full((2, 2, 4, 4), torch.nan), "no whole numbers"),
+    (lambda: torch.full((2, 2, 4, 4), torch.inf), "holds the class id"),
+], ids=range(14))
+def test_published_maps_that_are_none_are_told(files, make, message):
+    torch.save(make(), files / f"{NAMES[0]}.pt")
+    with pytest.raises(UserError, match=f"a.pt (is no label map )?.?.*{message}"):
+        open_labels(files, list(CLASSES)).find(NAMES)
+
+
 def test_a_store_that_lost_its_end(store):
     os.truncate(store / "ids.i16", 100)
     with pytest.raises(UserError, match="damaged store of label maps .ids.i16 is shorter than the 256 bytes"):
+        open_labels(store, list(CLASSES))
+    os.truncate(store / "ids.i16", 300)
+    with pytest.raises(UserError, match="damaged store of label maps .ids.i16 is longer than the 256 bytes"):
+        open_labels(store, list(CLASSES))
+
+
+@pytest.mark.parametrize("name", ["labels.json", "pictures.txt", "logits.f16", "ids.i16"])
+def test_a_folder_or_a_broken_link_in_the_place_of_a_file(store, name):
+    (store / name).unlink()
+    (store / name).symlink_to(store / "nowhere")
+    with pytest.raises(UserError, match="is a damaged store|holds no label maps"):
+        open_labels(store, list(CLASSES))
+    (store / name).unlink()
+    (store / name).mkdir()
+    with pytest.raises(UserError, match="is a damaged store"):
         open_labels(store, list(CLASSES))
 
 

@@ -1,11 +1,13 @@
 """pictures.py: every kind of picture is read, upright, and what is none is refused."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from refiner_min import UserError
 from refiner_min.pictures import read_picture, squash
@@ -89,3 +91,25 @@ def test_an_animation_is_read_as_its_first_picture_and_a_sliver_whole(tmp_path):
     assert np.asarray(read_picture(tmp_path / "moving.gif"))[0, 0, 0] > 190
     Image.new("RGB", (1, 5000)).save(tmp_path / "sliver.png")
     assert squash(read_picture(tmp_path / "sliver.png"), 16).shape == (3, 16, 16)
+
+
+def test_a_format_that_runs_a_program_is_refused(tmp_path, monkeypatch):
+    path, run = tmp_path / "photo.jpg", []
+    Image.new("RGB", (8, 4)).save(path, "EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *words: run.append(words))
+    with pytest.raises(UserError, match="photo.jpg is not a picture that can be read"):
+        read_picture(path)
+    assert not run
+    photo = Image.new("RGB", (8, 4))
+    photo.save(path, "MPO", save_all=True, append_images=[photo])  # what some cameras call a JPEG
+    assert read_picture(path).size == (8, 4)
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("L", (8, 4)).save(tmp_path / "bomb.png")
+    content = bytearray((tmp_path / "bomb.png").read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(UserError, match="bomb.png is not a picture .*3600000000 pixels"):
+        read_picture(tmp_path / "bomb.png")

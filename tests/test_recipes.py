@@ -95,6 +95,33 @@ def test_the_commands_of_the_published_models_give_their_recipes(row, published)
         assert second.weights == f"{first.out}/best.pt" and second.out != first.out
 
 
+@pytest.mark.parametrize("flag, values", [
+    *[(flag, ("inf", "-inf", "nan", "1e308", "-1")) for flag in (
+        "--lr", "--min-lr", "--weight-decay", "--crop-max", "--crop-min", "--mixup", "--cutmix", "--clip-grad",
+        "--dense-weight", "--warmup-epochs", "--ema", "--smoothing", "--drop-path", "--flip", "--turn", "--colour",
+        "--randaugment", "--erasing", "--eval-crop", "--hold-out")],
+    *[(flag, ("1e-10", "1e-300")) for flag in ("--mixup", "--cutmix", "--clip-grad")],  # a draw of Beta is 0 / 0
+    *[(flag, (str(2**63), str(-2**63), str(10**30), "-1")) for flag in (
+        "--seed", "--epochs", "--batch-size", "--img-size", "--patch-size", "--dim", "--depth", "--heads", "--expand",
+        "--kernel-size", "--cooldown-epochs")]], ids=str)
+def test_numbers_that_no_run_can_be_made_with(flag, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{flag} .*must be"):
+            choose_recipe("digits", CPU, train.parse([f"{flag}={value}"])[1])
+
+
+def test_mixing_is_defined_at_both_ends_of_its_range():
+    for alpha in (0.001, 1000.0):
+        choose_recipe("digits", CPU, {"mixup": alpha})
+        draws = torch.distributions.Beta(alpha, alpha).sample((1000,))
+        assert draws.min() >= 0 and draws.max() <= 1 and draws.std() > 0
+
+
+def test_a_model_that_no_memory_holds_is_told():
+    with pytest.raises(UserError, match="no such model can be made here"):
+        recipes.build_model(Recipe(dim=2**16, heads=2**16, depth=1000, img_size=2**14, patch_size=2), 10)
+
+
 def test_a_given_learning_rate_is_not_scaled():
     assert choose_recipe("digits", CPU, {"batch_size": 96}).lr == pytest.approx(2 * recipes.Digits().lr)
     assert choose_recipe("digits", CPU, {"batch_size": 96, "lr": 0.5}).lr == 0.5

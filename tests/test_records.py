@@ -13,6 +13,7 @@ import torch
 
 from refiner_min import UserError, engine, hardware, records, splits, train, write_json
 from refiner_min.relabel import Labels
+from refiner_min.step import LossWatch
 from tests.runs import CPU, run_of, small
 
 ROWS = [{"epoch": epoch, "step": 10 * epoch, "lr": 0.001, "train_loss": 2.0 / epoch, "val_loss": 1.0 / epoch,
@@ -74,9 +75,9 @@ def steps_of(out) -> list[dict]:
 
 def test_a_line_each_so_many_steps(pictures, monkeypatch):
     """Of the steps since the line before, also where an epoch ends between the two; evaluation is not counted."""
-    losses, step, evaluate = [], engine.LossWatch.add, engine.Run.evaluate
-    monkeypatch.setattr(engine.LossWatch, "add", lambda watch, loss, *words: (
-        losses.append(float(loss.detach())), step(watch, loss, *words)))
+    losses, add, evaluate = [], LossWatch.add, engine.Run.evaluate
+    monkeypatch.setattr(LossWatch, "add", lambda watch, loss, *words: (
+        losses.append(float(loss.detach())), add(watch, loss, *words)))
     monkeypatch.setattr(engine.Run, "evaluate", lambda *words: (time.sleep(0.5), evaluate(*words))[1])
     assert train.main(small(pictures, "--out", "run", "--batch-size", "8", "--log-every", "2", "--epochs", "4")) == 0
     rows = steps_of("run")

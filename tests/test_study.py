@@ -107,6 +107,9 @@ def test_the_list_says_what_is_done_and_what_is_missing(toys, capsys):
 def test_mistakes_are_told(toys):
     with pytest.raises(UserError, match="--only other is no experiment: --list names them"):
         study.main(["--only", "plain", "other"])
+    for minutes in ("nan", "inf", "1e308"):
+        with pytest.raises(UserError, match="--minutes .* must be above 0 and at most 1000000"):
+            study.parse(["--minutes", minutes])
     with pytest.raises(UserError, match="--minutes 0 must be above 0"):
         study.main(["--minutes", "0"])
     toys.rename("elsewhere")

@@ -67,7 +67,12 @@ def test_flags_of_a_stream_reach_it(pictures):
     (["--smoothing", "2"], "--smoothing 2.0 must be at least 0 and at most 1"),
     (["--warmup-epochs", "3"], "--warmup-epochs 3 and --cooldown-epochs 0 must fit into --epochs 2"),
     (["--crop-min", "0.9", "--crop-max", "0.5"], "--crop-min 0.9 must not be above --crop-max 0.5"),
-    (["--workers", "-1"], "--workers -1 must be at least 0"),
+    (["--workers", "-1"], "--workers -1 must be at least 0 and at most"),
+    (["--workers", "100000"], "--workers 100000 must be at least 0 and at most .*, eight times the"),
+    (["--eval-batch-size", str(10**30)], "--eval-batch-size 10{30} must be at least 1 and at most 16777216"),
+    (["--save-every", "nan"], "--save-every nan must be above 0"),
+    (["--device", "meta"], "--device meta cannot be used here"),
+    (["--img-size", "2", "--patch-size", "2", "--batch-size", "1"], "over which BatchNorm cannot count"),
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
     (["--accumulate", "0"], "--accumulate 0 must be at least 1"),
     (["--accumulate", "3"], "--batch-size 10 must be a multiple of 3, the processes times --accumulate 3"),
@@ -433,7 +438,7 @@ def test_saved_on_the_way_and_killed_is_as_never_stopped(pictures, monkeypatch):
         patch.setattr(engine.Run, "train_step", killed)
         with pytest.raises(SystemExit):
             train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
-    assert saves == [1, 2, 2, 3] and checkpoint.load("killed/last.pt")["step"] == 3
+    assert saves == [1, 2, 3] and checkpoint.load("killed/last.pt")["step"] == 3
     assert checkpoint.load("killed/last.pt")["loss"][1] == 10  # pictures of the epoch so far
     assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
     assert_same_runs("whole", "killed")
@@ -473,6 +478,20 @@ def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
     monkeypatch.setattr(train, "evaluate", full)
     with pytest.raises(UserError, match="the GPU's memory is too small: try a smaller --eval-batch-size"):
         train.main(small(pictures, "--out", "big", "--eval"))
+
+
+def test_killed_between_the_last_step_of_an_epoch_and_its_evaluation(pictures, monkeypatch):
+    assert train.main(small(pictures, "--out", "whole")) == 0
+
+    def killed(*words):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "finish_epoch", killed)
+        with pytest.raises(SystemExit):
+            train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
+    assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
+    assert_same_runs("whole", "killed")
 
 
 def test_a_first_save_that_failed_leaves_a_folder_that_can_be_used(pictures, monkeypatch):
@@ -660,6 +679,30 @@ def test_starting_from_published_weights(pictures):
 # Mistakes
 
 
+def test_numbers_of_processes_that_cannot_be_are_told_at_the_start(pictures, monkeypatch):
+    assert train.main(small(pictures, "--epochs", "1", "--out", "run")) == 0
+    commands = (small(pictures, "--out", "other"), ["--resume", "run", "--device", "cpu"],
+                ["--eval", "--weights", "run/best.pt", "--device", "cpu"])
+    monkeypatch.setattr(train.distributed, "world", lambda: 13)
+    for words in commands:
+        with pytest.raises(UserError, match="13 processes are more than the 12 pictures to validate: start fewer"):
+            train.main(words)
+    monkeypatch.setattr(train.distributed, "world", lambda: 3)
+    for words in commands[:2]:
+        with pytest.raises(UserError, match="--batch-size 10 must be a multiple of the 3 processes"):
+            train.main(words)
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]"])
+def test_a_damaged_record_is_made_again_at_the_end(pictures, content):
+    assert train.main(small(pictures, "--epochs", "1", "--out", "run")) == 0
+    record = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(content)
+    assert train.main(["--resume", "run", "--device", "cpu"]) == 0
+    again = json.loads(Path("run/config.json").read_text())
+    assert again.keys() == record.keys() and again["result"]["accuracy"] == record["result"]["accuracy"]
+
+
 def test_a_mistake_is_one_sentence_and_status_2(pictures):
     command = [sys.executable, "-m", "refiner_min.train", *small(pictures, "--batch-size", "1000")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -696,6 +739,10 @@ def test_a_disk_that_fills_up(pictures):
             "run_command(lambda: train.main(sys.argv[1:]))")
     command = [sys.executable, "-c", code, *small(pictures, "--out", "full")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
-    assert checkpoint.load("full/last.pt")["step"] == 0
+    assert done.returncode == 2, done.stderr
+    assert "last.pt could not be written (no larger file is allowed here); what was there before" in done.stderr
+    assert "Traceback" not in done.stderr and "enforce" not in done.stderr
+    assert checkpoint.load("full/last.pt")["step"] == 0 and not list(Path("full").glob("*.tmp"))
+    assert train.main(["--resume", "full", "--device", "cpu"]) == 0  # when there is room
+    assert train.main(small(pictures, "--out", "whole")) == 0
+    assert_same_runs("whole", "full")
