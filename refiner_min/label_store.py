@@ -47,6 +47,7 @@ class PackedLabels:
     FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
     FIELDS = {"annotator": str, "size": int, "classes": list[str], "shape": list[int], "done": int,
               "skipped": list[str]}
+    WAYS = {"from": int, "how": str}  # of each in "made", which older stores have not got
 
     def __init__(self, folder: Path, classes: list[str]):
         facts, names = self.describe(folder)
@@ -75,7 +76,9 @@ class PackedLabels:
     @classmethod
     def check(cls, facts, names: list[str]):
         """ValueError: labels.json holds no such facts, or facts that cannot be, or that do not go with pictures.txt."""
-        check_fields(facts, cls.FIELDS, cls.FIELDS)
+        check_fields(facts, cls.FIELDS | {"made": list[dict]}, cls.FIELDS)
+        for way in facts.get("made", ()):
+            check_fields(way, cls.WAYS, cls.WAYS)
         shape, done = facts["shape"], facts["done"]
         if len(shape) != 3 or shape[1] != shape[2] or not (1 <= shape[0] <= len(facts["classes"]) and shape[1] >= 1):
             raise ValueError(f"maps of shape {shape} for {len(facts['classes'])} classes in {cls.FACTS}")

@@ -102,6 +102,7 @@ def test_stores_that_do_not_fit(tmp_path, facts, message):
     dict(classes=value) for value in (None, 3, "n01440764", [1, 2, 3], {}, [None])] + [
     dict(done=value) for value in (None, -1, 5, "4", 4.0, 10**30, [4])] + [
     dict(skipped=value) for value in (None, "n01440764/a", [1], [["n01440764/a"]], ["n01440764/elsewhere"])] + [
+    dict(made=value) for value in (None, "bf16", [1], [{}], [{"from": 0}], [{"from": "0", "how": "bf16"}])] + [
     dict(annotator=value) for value in (None, 1, ["hand"])] + [dict(size=value) for value in (None, "64", -1.5, [])],
     ids=str)
 def test_facts_of_another_form_are_told(store, facts):
