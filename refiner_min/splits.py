@@ -3,7 +3,7 @@
     split.to(device), len(split), split.cropped (its pictures are as large as the images), split.note
     split.epoch(indices, batch_size, epoch) -> Batches of the pictures with these indices
 
-scenes.SceneSplit is a third one. It imports listing, pictures, label_store (the maps that go with pictures),
+scenes.SceneSplit is a third one. It imports listing, foreign, pictures, label_store (the maps that go with pictures),
 augment's Batch, hardware and distributed.
 """
 
@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import weakref
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from refiner_min import UNFINISHED, UserError, distributed, hardware, locked, replacing, seed_for, some
 from refiner_min.augment import Batch
+from refiner_min.foreign import read_torch
 from refiner_min.label_store import LabelFiles, LabelMap, PackedLabels
 from refiner_min.listing import Listing
 from refiner_min.pictures import SKIP_HINT, read_picture
@@ -132,10 +132,7 @@ def _version(path: Path) -> bytes:
 def _kept(cache: Path, key: str, size: int, count: int) -> MemorySplit | None:
     """What is in the cache, if it fits and is whole; None: it is to be made again."""
     try:
-        with zipfile.ZipFile(cache) as file:
-            if file.testzip():  # torch looks at no checksum
-                return None
-        stored = torch.load(cache, weights_only=True)
+        stored = read_torch(cache)
         split = MemorySplit(*stored["split"])
         n = len(split.names)
         right = (split.pictures.shape == (n, 3, size, size) and split.pictures.dtype == torch.uint8
