@@ -173,7 +173,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
      "1"),
     ("stale cache used", "splits", "if right and stored[\"key\"] == key else None", "if right else None"),
     ("a replaced picture not noticed", "splits", "{found.st_size} {found.st_mtime_ns}", "{found.st_size}"),
-    ("a flipped byte in the cache trained on", "splits", "if file.testzip():", "if False:"),
+    ("a flipped byte in the cache trained on", "foreign", "if part := file.testzip():", "if part := None:", "splits"),
     ("a cache of another shape used", "splits", "return split if right and", "return split if"),
     ("16 bits cut off, not scaled", "pictures", "picture = _in_eight_bits(picture)", "pass"),
     ("a pipe waited for", "pictures", "if not Path(source).is_file():", "if not os.path.lexists(source):"),

@@ -113,6 +113,13 @@ def test_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
+def test_the_tests_of_the_table_of_faults_are_there():
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / "tests" / "README.md").read_text()))
+    there = {name for path in (ROOT / "tests").glob("test_*.py")
+             for name in (path.stem, *re.findall(r"^def (test_\w+)", path.read_text(), re.M))}
+    assert len(named) > 40 and named <= there
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # README and its commands
 
