@@ -1,7 +1,6 @@
 """Training in less memory: refined maps are computed again in the backward pass instead of being kept.
 
-A refinement keeps several maps of E x N x N a picture for its gradients, E being three times the heads: most of what a
-training step holds. It imports model.
+What a refinement keeps for its gradients is most of what a training step holds (refinement_bytes). It imports model.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -10,7 +9,15 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from refiner_min.model import RefinerViT
+from refiner_min.model import RefinerConfig, RefinerViT
+
+
+def refinement_bytes(config: RefinerConfig, of_a_number: int = 2) -> int:
+    """Bytes a picture that the refinements of a published form (expansion, convolution, sharing) keep for the backward
+    pass, and that recompute_maps saves; of_a_number: 2 in bf16. Of N x N each keeps, beside its input: E maps before
+    and after BatchNorm and after ReLU6, of the expansion and of the convolution, and H before and after the skip."""
+    tokens, heads = config.grid**2 + 1, config.heads
+    return config.depth // 2 * (6 * heads * config.expand + 2 * heads) * tokens**2 * of_a_number
 
 
 def recompute_maps(network: RefinerViT):

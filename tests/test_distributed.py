@@ -46,7 +46,8 @@ def test_two_processes(pictures, capsys):
     capsys.readouterr()
     assert train.main(["--resume", "two", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "begun with 2 processes, it goes on with 1: " in said and "BatchNorm counts over 12 " in said
+    assert "begun with a batch in 2 parts (processes, times --accumulate), it goes on with 1: " in said
+    assert "BatchNorm counts over 12 " in said
 
 
 def start(*flags, restarts: int = 0):

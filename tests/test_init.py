@@ -118,7 +118,8 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(command):
     Path("torch.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
     path = os.pathsep.join([str(Path.cwd()), str(Path(refiner_min.__file__).parents[1])])
     process = subprocess.Popen([sys.executable, "-m", f"refiner_min.{command}"], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": path})
+                               env=os.environ | {"PYTHONPATH": path},  # a shell's background jobs ignore Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not Path("begun").exists():
         assert process.poll() is None
         time.sleep(0.01)
