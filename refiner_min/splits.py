@@ -327,6 +327,8 @@ def readers_told():
 def kill_workers():
     """Those of streams that somebody still holds when Python exits, as pytest does with a failed test's: Python would
     end them by SIGTERM, which they ignore, and wait for ever."""
+    if _WORKERS:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would tell that they end
     for worker in _WORKERS:
         if worker.is_alive():
             worker.kill()
