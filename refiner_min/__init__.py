@@ -22,8 +22,7 @@ except ImportError:  # Windows: nothing is locked there
 
 __version__ = "0.1.0"
 UNFINISHED = f"*-[0-9]*-{'[0-9a-f]' * 8}.tmp"  # the pattern of what replacing puts after a file's name
-
-
+_HELD = set()  # the open files of the locks of this process
 FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk holds all that is granted here",
         errno.EFBIG: "no larger file is allowed here"}
 
@@ -33,8 +32,9 @@ class UserError(Exception):
 
 
 def some(names: list[str]) -> str:
-    """The first three of them, and how many more there are, for such a sentence."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three of them, and how many more there are, for such a sentence, which is one line."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def run_command(main):
@@ -74,6 +74,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own, behind which the system's stands
+        if "DataLoader worker" in str(error):  # torch tells of it wherever the process is by then
+            raise
         number = next((one.errno for one in (error, error.__context__) if isinstance(one, OSError)), None)
         raise UserError(f"{path} could not be written ({FULL.get(number, error)}); what was there before still is"
                         ) from None
@@ -90,6 +92,8 @@ def locked(path, unfinished: str | None = None, wait: bool = True):
     BlockingIOError: without wait, another process holds it."""
     path = Path(path)
     file = _lock(path, wait)
+    if file is not None:
+        _HELD.add(file)
     try:
         for left in path.parent.glob(unfinished) if file is not None and unfinished else ():
             left.unlink(missing_ok=True)
@@ -98,6 +102,7 @@ def locked(path, unfinished: str | None = None, wait: bool = True):
         if file is not None:
             path.unlink(missing_ok=True)  # while it is still held
             file.close()
+            _HELD.remove(file)
 
 
 def _lock(path: Path, wait: bool):
@@ -105,16 +110,31 @@ def _lock(path: Path, wait: bool):
     while fcntl is not None:
         try:
             file = open(path, "ab")
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
         except OSError:
             return None
-        with suppress(FileNotFoundError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samefile(path, file.fileno()):
                 return file
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                file.close()
+                return None
         file.close()  # its last holder has removed it: there is another one now
     return None
+
+
+def _let_go():
+    """A lock is held as long as anybody has its file open, and a process that reads pictures would inherit it."""
+    for file in _HELD:
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def write_json(path, facts: dict):

@@ -31,7 +31,7 @@ from refiner_min.label_store import LabelMap, LabelWriter, open_labels
 from refiner_min.listing import Listing
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
-from refiner_min.splits import WAIT, ignore_signals, readers_told
+from refiner_min.splits import WAIT, ignore_signals, readers_told, reading
 from refiner_min.stopping import StopRequest, claim
 
 TOP = 5  # logits kept a position
@@ -202,7 +202,7 @@ def make_all(annotator: Annotator, columns, loader):
     """Yield the first row, the LabelMap on the CPU and what was wrong of every batch, one batch late: a GPU makes the
     next one's maps while they are written."""
     on_gpu, before = columns.is_cuda, None
-    for first, pictures, bad in loader:
+    for first, pictures, bad in reading(loader):
         planes = make_maps(annotator, columns, pictures)
         maps = LabelMap(*(plane.to("cpu", non_blocking=on_gpu) for plane in planes))  # into pinned memory
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
@@ -248,7 +248,7 @@ def annotate(annotator: Annotator, columns, pictures: Listing, names: list[str],
                     left_out += [row + index for index in bad]
                 done = min(first + distributed.world() * batch_size, len(pictures))
                 bar.update(done - bar.n)
-                if stop.agreed(0):
+                if stop.agreed():
                     break
                 if number % SAVE_EVERY == 0:
                     save()

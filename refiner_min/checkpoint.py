@@ -78,8 +78,9 @@ def load(path, map_location="cpu") -> dict:
         if not backup.exists():
             raise error if isinstance(error, UserError) else UserError(f"there is no checkpoint {path}") from None
         print(f"{path} is {'damaged' if path.exists() else 'missing'}: going on from the one before it, {backup.name}")
-        with suppress(OSError):  # out of the way, so that the next save does not make it the backup
-            os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
+        if isinstance(error, UserError):  # out of the way, so that the next save does not make it the backup
+            with suppress(OSError):
+                os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
         return _read(backup, map_location)
 
 

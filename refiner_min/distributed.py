@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from refiner_min import UserError
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting",
-        "Connection refused")  # in what the backends say where a process has ended
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+        "Timed out waiting", "Connection refused")  # in what the backends say where a process has ended
 
 
 def _launched(name: str, default: int) -> int:
@@ -79,16 +79,16 @@ def _meeting_place() -> dict:
 def process_group(device: torch.device):
     """Join the processes that torchrun started, if it did, and leave them at the end; not after a failure, when the
     others may wait in a step that this one will never take. UserError: another process is gone."""
-    if launched():
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                                **_meeting_place())
     try:
+        if launched():
+            on_gpu = device.type == "cuda"
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                    **_meeting_place())
         yield
     except RuntimeError as error:
         if launched() and any(word in str(error) for word in GONE):
-            reason = str(error).splitlines()[0]
-            raise UserError(f"process {rank()} of {world()} has lost another one ({reason}): that one may have said "
+            reason, here = str(error).splitlines()[0], f"{_launched('RANK', 0)} of {_launched('WORLD_SIZE', 1)}"
+            raise UserError(f"process {here} has lost another one ({reason}): that one may have said "
                             f"why; --resume goes on from the last save") from None
         raise
     if dist.is_initialized():
@@ -98,15 +98,15 @@ def process_group(device: torch.device):
 @contextmanager
 def first_alone():
     """The first process of each machine does what is inside before the others begin: what is made once, they find."""
-    if dist.is_initialized() and local_rank():
-        dist.barrier()
+    if local_rank():
+        largest_over_processes(0)  # waits for all, by way of the CPU: a GPU's barrier gives up after ten minutes
     yield
-    if dist.is_initialized() and not local_rank():
-        dist.barrier()
+    if not local_rank():
+        largest_over_processes(0)
 
 
 def from_first(make):
-    """What make() gives in the first process, in all of them; its UserError too."""
+    """What make() gives in the first process, in all of them; its UserError, too."""
     if not dist.is_initialized():
         return make()
     found = [None]

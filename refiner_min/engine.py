@@ -171,7 +171,7 @@ class Run:
             log.note()
             bar.update(self.recipe.batch_size)
             bar.set_postfix(loss=f"{self.loss.shown:.3f}", refresh=False)
-            if stop.agreed(self.step):
+            if stop.agreed():
                 return
             if clock.due(self.step) and self.step % self.steps_per_epoch:  # after the last one it is evaluated first
                 self.count_up()
@@ -213,9 +213,12 @@ class Run:
         if self.part == 0:
             self.optimizer.zero_grad()
         last = self.part + 1 == self.accumulate
+        counted = [buffer.clone() for buffer in self.model.buffers()] if self.part else ()
         with nullcontext() if last or self.world == 1 else self.wrapped.no_sync():  # gradients meet in the last part
             loss = self.loss_of(images, labels)
             self.scaler.scale(loss / self.accumulate).backward()
+        for buffer, before in zip(self.model.buffers(), counted):  # BatchNorm's count, as of the first process's share
+            buffer.copy_(before)
         self.loss.add(loss, len(images), self.step)
         self.part = 0 if last else self.part + 1
         if last:
@@ -276,7 +279,7 @@ def fit(run: Run, go_on: str, save_every: float, log: records.StepLog) -> int:
                 return stopped(run, stop, clock, go_on)
             finish_epoch(run, loss, clock)
             log.show(run.history[-1])
-            if run.step < total and stop.agreed(0):
+            if run.step < total and stop.agreed():
                 return stopped(run, stop, clock, go_on)
     return 0
 

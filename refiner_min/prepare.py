@@ -20,8 +20,9 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from tqdm import tqdm
 
 from refiner_min import UserError, data, hardware, replacing, run_command, some, write_json
+from refiner_min.listing import walk
 from refiner_min.pictures import SKIP_HINT, read_picture
-from refiner_min.splits import WAIT, ignore_signals, readers_told
+from refiner_min.splits import WAIT, ignore_signals, readers_told, reading
 from refiner_min.stopping import StopRequest, claim
 
 FACTS = "prepared.json"  # in a folder of copies: what must be the same to go on with it
@@ -29,12 +30,9 @@ LISTED = re.compile(r"([^ ,\t]+)[ ,\t].*?\b(n\d{8})\b")  # a picture, and the fi
 
 
 def files_below(folder: Path, suffixes=IMG_EXTENSIONS) -> list[str]:
-    """The paths from there, sorted, of files with these suffixes; links are followed. UserError: one is not listed."""
-    def refuse(error):
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror})")
+    """The paths from there, sorted, of files with these suffixes. UserError: as walk's."""
     start = len(os.path.join(folder, ""))
-    places = os.walk(folder, onerror=refuse, followlinks=True)
-    paths = (os.path.join(place, name)[start:] for place, _, names in places for name in names)
+    paths = (os.path.join(place, name)[start:] for place, names, _ in walk(folder) for name in names)
     return sorted(path for path in paths if has_file_allowed_extension(path, suffixes))
 
 
@@ -110,7 +108,7 @@ def copy_missing(source: Path, target: Path, pictures: dict[str, str], args: arg
                         collate_fn=list, worker_init_fn=ignore_signals, timeout=WAIT if args.workers else 0)
     bar = tqdm(total=len(pictures), initial=done, unit=" pictures", disable=None)
     with StopRequest() as stop, bar, readers_told():
-        for problems in loader:
+        for problems in reading(loader):
             for problem in filter(None, problems):
                 if isinstance(problem, UserError):
                     raise problem
@@ -118,7 +116,7 @@ def copy_missing(source: Path, target: Path, pictures: dict[str, str], args: arg
                 tqdm.write(f"left out, {bad} so far: {problem}")
             bar.update(len(problems))
             done += len(problems)
-            if stop.agreed(0):
+            if stop.agreed():
                 print(f"stopped after {done:,} of {len(pictures):,} pictures; the same command goes on")
                 return 128 + stop.signal
     megabytes = sum((target / name).stat().st_size for name in files_below(target)) / 1e6

@@ -57,10 +57,12 @@ class StepLog:
         """Goes on where the run does: lines of later steps, of a run that was killed, are dropped. every: 0 for none.
         UserError: TensorBoard is not installed, or nothing can be written."""
         self.run, self.every, self.path = run, every if distributed.is_main() else 0, run.out / "steps.csv"
-        self.board = _tensorboard(run) if tensorboard and distributed.is_main() else None
+        self.board = None
+        if tensorboard and distributed.is_main():
+            self.board = board_writer()(run.out / "tensorboard", purge_step=run.step + 1)
         self.start()
         if self.every:
-            there = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+            there = self.path.read_text(errors="replace").splitlines()[1:] if self.path.is_file() else []
             kept = [line for line in there if line.count(",") == len(self.FIELDS) - 1
                     and (step := line.split(",")[0]).isdecimal() and int(step) <= run.step]
             with replacing(self.path) as file:
@@ -108,12 +110,13 @@ class StepLog:
             self.board.flush()
 
 
-def _tensorboard(run):
+def board_writer():
+    """What writes for TensorBoard. UserError: it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(run.out / "tensorboard", purge_step=run.step + 1)
+    return SummaryWriter
 
 
 def facts(run, arguments: list[str]) -> dict:

@@ -34,7 +34,7 @@ from refiner_min.pictures import SKIP_HINT, read_picture
 
 CACHE_FORMAT = 4
 WAIT = 600  # seconds for a picture, after which the disk is said not to answer
-_WORKERS = weakref.WeakSet()  # the processes of all streams
+_WORKERS = weakref.WeakSet()  # the processes that read pictures
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,7 @@ class StreamSplit:
     def epoch(self, indices: torch.Tensor, batch_size: int, epoch: int = 0):
         """Yield the Batches of the indices."""
         self.batches.indices, self.batches.size, self.batches.epoch = indices, batch_size, epoch
-        loaded = iter(self.loader)
-        _WORKERS.update(getattr(loaded, "_workers", ()))  # none where this process reads itself
-        for batch, bad in loaded:
+        for batch, bad in reading(self.loader):
             for message in bad:
                 self._leave_out(message)
             if batch is None:
@@ -307,6 +305,13 @@ def _collate(samples) -> tuple[Batch | None, list[str]]:
     return Batch(pictures.permute(0, 3, 1, 2), *rest), bad
 
 
+def reading(loader: DataLoader):
+    """What the loader gives, while its workers are known to kill_workers."""
+    loaded = iter(loader)
+    _WORKERS.update(getattr(loaded, "_workers", ()))  # none where this process reads itself
+    yield from loaded
+
+
 @contextmanager
 def readers_told():
     """What goes wrong with the processes that read pictures as a UserError. It is for all of a command, since torch
@@ -314,7 +319,7 @@ def readers_told():
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if not str(error).startswith("DataLoader "):  # of what goes wrong in a worker's own code it begins otherwise
             raise
         if "timed out" in str(error):
             raise UserError(f"no picture was read for {WAIT / 60:g} minutes: does the disk answer?") from None
@@ -325,8 +330,8 @@ def readers_told():
 
 @atexit.register
 def kill_workers():
-    """Those of streams that somebody still holds when Python exits, as pytest does with a failed test's: Python would
-    end them by SIGTERM, which they ignore, and wait for ever."""
+    """Those whose loader somebody still holds when Python exits, as an error's traceback does: Python would end them by
+    SIGTERM, which they ignore, and wait for ever."""
     if _WORKERS:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would tell that they end
     for worker in _WORKERS:

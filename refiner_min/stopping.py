@@ -1,6 +1,6 @@
 """What is asked of a command from outside, between two steps: to stop (Ctrl-C, SIGTERM), and to save (the clock).
 
-Several processes ask each other now and then, so that all of them stop or save after the same step; and a folder is for
+Several processes ask each other, so that all of them stop or save after the same step; and a folder is for
 one command at a time (claim). It imports distributed.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from refiner_min import UNFINISHED, UserError, distributed, locked
 
-ASK_EVERY = 20  # steps between two questions to the other processes
+ASK_EVERY = 20  # steps between two looks at the clock of the first of several processes
 AGAIN = 2.0  # seconds after which a Ctrl-C is a second one: launchers hand the first one on once more
 
 
@@ -35,11 +35,9 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def agreed(self, step: int) -> bool:
-        """Whether to stop after this step."""
+    def agreed(self) -> bool:
+        """Whether to stop now. Several processes ask each other every time: launchers kill half a minute later."""
         if distributed.world() > 1:
-            if step % ASK_EVERY:
-                return False
             asked = distributed.largest_over_processes(self.signal or 0)
             self.signal = asked or self.signal  # which may have come meanwhile, and is for the next time then
             return asked > 0

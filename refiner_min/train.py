@@ -45,7 +45,7 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
                         "processes on this machine, at most 16)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="each process takes its part of a batch "
-                        "in N parts: one GPU trains as N would, BatchNorm too; --batch-size stays")
+                        "in N parts, one after the other, as N GPUs would take it; --batch-size stays")
     parser.add_argument("--checkpoint-maps", action="store_true", help="compute refined maps again in the backward "
                         "pass: the same numbers in less memory, and slower")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
@@ -64,7 +64,8 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop; "
                         "of --data, val/ is enough")
     parser.add_argument("--eval-batch-size", type=int, metavar="N", help="pictures a step of evaluation, over all "
-                        "processes together (default: --batch-size); L at 448 px: 1 GB, and 0.5 GB a picture")
+                        "processes together (default: --batch-size over --accumulate); L at 448 px: 1 GB, and 0.5 GB "
+                        "a picture")
     parser.add_argument("--eval-weights", choices=("ema", "raw"), help="which of a file's weights --eval and --weights "
                         "take (default: of ours the moving average, of published ones the raw)")
     group = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
@@ -81,8 +82,12 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
             raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low} and at most {high}{more}")
     if not known["save_every"] > 0:
         raise UserError(f"--save-every {known['save_every']:g} must be above 0")
-    if known["finetune"] and not known["weights"] and known["resume"] is None:
+    if known["finetune"] and not known["weights"] and known["resume"] in (None, "auto"):
         raise UserError("--finetune needs --weights PATH, the weights to begin with")
+    if known["compile"] and known["checkpoint_maps"]:
+        raise UserError("--compile does not go with --checkpoint-maps, which it cannot compile: leave one out")
+    if known["eval"] and known["resume"] == "auto":
+        known["resume"] = None
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
     return argparse.Namespace(**known), given
 
@@ -132,6 +137,8 @@ def check_fits(recipe: Recipe, subset: data.Subset, device: torch.device, accumu
     if recipe.img_size == 2 and recipe.batch_size == parts:
         raise UserError(f"--batch-size {recipe.batch_size} is one picture at a time, and of --img-size 2 one place is "
                         f"left of it, over which BatchNorm cannot count: take more of either")
+    if recipe.sync_bn and accumulate > 1:
+        raise UserError("--sync-bn does not go with --accumulate: it would count over one part of a batch")
     if recipe.sync_bn and distributed.world() > 1 and device.type != "cuda":
         raise UserError("--sync-bn is for processes on GPUs: leave it out")
     if subset.storage == "stream":
@@ -226,10 +233,15 @@ def local_batch(batch_size: int | None) -> int | None:
     return batch_size and max(batch_size // distributed.world(), 1)
 
 
+def checkpoint_of(args: argparse.Namespace) -> Path:
+    """The file that --resume means."""
+    path = Path(args.resume or folder_of(args))
+    return path if path.suffix == ".pt" else path / "last.pt"
+
+
 def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     """The run that is to go on. UserError: no such run, or flags and data that are not its own."""
-    path = Path(args.resume or folder_of(args))
-    path = path if path.suffix == ".pt" else path / "last.pt"
+    path = checkpoint_of(args)
     if args.weights or (args.out and Path(args.out) != path.parent):
         raise UserError(f"--resume {path} has its own weights and folder: leave out --weights and --out")
     state = checkpoint.load(path)
@@ -313,27 +325,39 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
 
 def train(args: argparse.Namespace, given: dict, device: torch.device, arguments: list[str]) -> int:
     """Begin a run or go on with one, to its end or until it is stopped. Returns the exit status."""
+    if args.tensorboard:
+        records.board_writer()
     if args.resume == "auto":
-        args.resume = str(folder_of(args)) if begun(folder_of(args)) else None
+        args.resume = str(folder_of(args)) if distributed.from_first(lambda: begun(folder_of(args))) else None
         args.weights = args.weights if args.resume is None else None  # it has its own by now
-    resumes = args.resume is not None
-    run = resumed_run(args, given, device) if resumes else new_run(args, given, device)
-    with claim(run.out) if run.rank == 0 else nullcontext():
-        if run.rank == 0:
-            if not resumes:
+    if args.resume is None:
+        run = new_run(args, given, device)
+        with claim(run.out) if run.rank == 0 else nullcontext():
+            if run.rank == 0:
                 begin(run, arguments)
-            config = run.model.config
-            print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
-                  f"{config.img_size} px in {config.grid**2} patches", flush=True)
-        try:
-            log = records.StepLog(run, args.log_every, args.tensorboard)
-            status = fit(run, records.command_line(resuming(args, run.out)), args.save_every, log)
-        except torch.OutOfMemoryError:
-            raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the "
-                            f"GPU's memory: --accumulate {2 * run.accumulate} takes a batch in more parts, and "
-                            f"--checkpoint-maps needs less for each; --resume {run.out} goes on with them") from None
-        if status == 0 and run.rank == 0:
-            finish(run, arguments)
+            return go_on(run, args, arguments)
+    out = checkpoint_of(args).parent  # claimed before it is read: the run that wrote it may not have ended yet
+    with claim(out) if distributed.is_main() and out.is_dir() else nullcontext():
+        return go_on(resumed_run(args, given, device), args, arguments)
+
+
+def go_on(run: Run, args: argparse.Namespace, arguments: list[str]) -> int:
+    """Train a run to its end, or until it is stopped. Returns the exit status."""
+    config = run.model.config
+    if run.rank == 0:
+        print(f"model {run.recipe.model}: {run.kind}, {config.depth} blocks, {run.parameters:,} parameters, "
+              f"{config.img_size} px in {config.grid**2} patches", flush=True)
+    log = records.StepLog(run, args.log_every, args.tensorboard)
+    try:
+        status = fit(run, records.command_line(resuming(args, run.out)), args.save_every, log)
+    except torch.OutOfMemoryError:
+        share = run.local_batch * run.accumulate
+        more = next((parts for parts in range(run.accumulate + 1, share + 1) if share % parts == 0), None)
+        parts = f"--accumulate {more} takes a batch in more parts, " if more else ""
+        raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the GPU's "
+                        f"memory: {parts}--checkpoint-maps needs less for each; --resume {run.out} goes on") from None
+    if status == 0 and run.rank == 0:
+        finish(run, arguments)
     return status
 
 

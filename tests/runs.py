@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -27,6 +29,18 @@ def run_of(pictures, *flags) -> Run:
     run = train.new_run(*train.parse(arguments), CPU)
     run.out.mkdir()
     return run
+
+
+def stop_at(monkeypatch, step: int):
+    """Send this process SIGTERM in that step of every run."""
+    train_step = Run.train_step
+
+    def stopped(run, *words):
+        if run.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        train_step(run, *words)
+
+    monkeypatch.setattr(Run, "train_step", stopped)
 
 
 def rows_of(out) -> list[dict]:

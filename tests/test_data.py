@@ -6,6 +6,7 @@ import http.server
 import os
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_a_folder_that_links_to_itself_is_refused(tmp_path):
         data.load_subset("folder", str(root), 16)
 
 
+def test_a_folder_that_links_to_itself_twice_is_refused_at_once(tmp_path):
+    """Whose paths double with every level."""
+    root = make_folder(tmp_path / "set")
+    for name in ("x", "y"):
+        (root / "train" / CLASSES[0] / name).symlink_to(root / "train" / CLASSES[0])
+    with pytest.raises(UserError, match="are one folder, by a link"):
+        data.load_subset("folder", str(root), 16)
+
+
 def test_folders_with_too_little(tmp_path):
     with pytest.raises(UserError, match="has one class, n01440764"):
         data.load_subset("folder", str(make_folder(tmp_path / "class", classes=CLASSES[:1])), 16)
@@ -145,6 +155,19 @@ def test_a_set_is_downloaded_once(server, subset):
         archive.unlink()
     assert len(data.load_subset(subset, None, 16).train) == 18
     assert os.listdir("data") == [data.DOWNLOADS[subset][0]]
+
+
+def test_of_two_that_need_it_one_downloads(server, monkeypatch):
+    fetched, fetch = [], data._fetch
+    monkeypatch.setattr(data, "_fetch", lambda *words: (fetched.append(words[0]), time.sleep(0.3), fetch(*words)))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(data._download("imagewoof"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert fetched == ["imagewoof"] and found == [Path("data/imagewoof2-160")] * 2
+    assert os.listdir("data") == ["imagewoof2-160"]
 
 
 @pytest.mark.parametrize("subset", ["imagenette", "imagewoof"])

@@ -81,7 +81,6 @@ def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(pictures):
     step = checkpoint.load("two/last.pt")["step"]
     assert f"stopped after step {step}; to go on: torchrun --standalone --nproc-per-node 2 --max-restarts 0 -m " \
            f"refiner_min.train --resume two --device cpu" in said
-    assert step % 20 == 0 or step % 2 == 0  # asked of each other, or after an epoch
 
 
 @pytest.mark.slow
@@ -119,7 +118,7 @@ from tqdm import tqdm
 torch.set_default_dtype(torch.float64)
 nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
 class Stop:
-    def agreed(self, step): return step >= 50
+    def agreed(self): return run.step >= 50
 with distributed.process_group(torch.device("cpu")):
     run = train.new_run(*train.parse(sys.argv[2:]), torch.device("cpu"))
     run.augment = lambda batch: batch._replace(pictures=normalise(batch.pictures).double())

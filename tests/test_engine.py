@@ -162,6 +162,19 @@ def test_accumulated_parts_make_one_step(pictures, monkeypatch):
         torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
 
 
+def test_batchnorm_counts_once_a_step(pictures):
+    """Its statistics are those of the first process's share, as they are of several processes."""
+    run, twin = (run_of(pictures, "--batch-size", "24", "--amp", "off", *flags) for flags in (("--accumulate", "3"), ()))
+    run.wrapped.train()
+    twin.wrapped.train()
+    images, labels = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
+    for some, theirs in zip(images.chunk(3), labels.chunk(3)):
+        run.train_step(some, Labels(theirs))
+    twin.model(images[:8])
+    for one, two in zip(run.model.buffers(), twin.model.buffers()):
+        torch.testing.assert_close(one, two)
+
+
 def test_erasing_comes_after_mixing(pictures, monkeypatch):
     """As published: noise is never mixed into the partner."""
     run, seen = run_of(pictures, "--erasing", "1"), []

@@ -26,7 +26,7 @@ from refiner_min.evaluation import evaluate
 from refiner_min.model import refiner_vit_ti
 from refiner_min.records import StepLog
 from refiner_min.stopping import SaveClock, StopRequest
-from tests.runs import CPU, rows_of, small
+from tests.runs import CPU, rows_of, small, stop_at
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # copied deeply
               pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")]
@@ -261,7 +261,7 @@ def test_stopped_and_resumed_is_as_never_stopped(pictures, labels, monkeypatch, 
     flags = command(kind, pictures, labels, "--amp", "off", "--erasing", "1", "--drop-path", "0.3", "--lr", "5e-3")
     assert train.main([*flags, "--out", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 4)
+        stop_at(patch, 4)
         assert train.main([*flags, "--out", "stopped"]) == 128 + 15
     assert checkpoint.load("stopped/last.pt")["step"] == 4
     torch.manual_seed(99)  # another state of the generators

@@ -97,6 +97,27 @@ def test_links_pipes_and_names_of_any_bytes_among_the_pictures(tmp_path, capsys)
     capsys.readouterr()
 
 
+def test_of_two_that_need_it_one_decodes(tmp_path, monkeypatch):
+    """The other waits, and finds the cache; as processes of several machines do on one disk."""
+    root, decoded, found = make_folder(tmp_path / "set"), [], []
+    decode = splits._decode
+
+    def slowly(listing, *words):
+        decoded.append(listing.root.name)
+        time.sleep(0.3)
+        return decode(listing, *words)
+
+    monkeypatch.setattr(splits, "_decode", slowly)
+    threads = [threading.Thread(target=lambda: found.append(data.load_subset("folder", str(root), 16)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(decoded) == ["train", "val"] and not list(root.glob("*.lock"))
+    assert torch.equal(found[0].train.pictures, found[1].train.pictures)
+
+
 def test_what_cannot_be_cached_is_still_read(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "set")
 

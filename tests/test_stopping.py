@@ -27,11 +27,11 @@ def send(number):
 def test_sigterm_is_one_however_often_it_comes(now):
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        assert not stop.agreed(0)
+        assert not stop.agreed()
         for later in (0, 0.1, 60):
             now[0] = 100 + later
             send(signal.SIGTERM)
-        assert stop.agreed(0) and stop.signal == signal.SIGTERM
+        assert stop.agreed() and stop.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -64,9 +64,8 @@ def test_a_signal_while_the_processes_ask_each_other_is_not_lost(now, monkeypatc
     monkeypatch.setattr(stopping.distributed, "world", lambda: 2)
     monkeypatch.setattr(stopping.distributed, "largest_over_processes", asked)
     with StopRequest() as stop:
-        assert not stop.agreed(0)  # the others do not know of it
-        assert not stop.agreed(1)  # not asked
-        assert stop.agreed(stopping.ASK_EVERY) and stop.signal == signal.SIGTERM
+        assert not stop.agreed()  # the others do not know of it
+        assert stop.agreed() and stop.signal == signal.SIGTERM
 
 
 def test_the_clock(now):
@@ -98,6 +97,21 @@ def test_a_folder_is_for_one_process_and_a_kill_gives_it_back(tmp_path):
         with claim(Path("file/run")):
             pass
     assert Path("file").read_text() == "precious"
+
+
+def test_processes_that_read_for_a_killed_one_do_not_keep_its_folder(tmp_path):
+    code = ("import os, time\nfrom pathlib import Path\nfrom refiner_min.stopping import claim\n"
+            "with claim(Path('run')):\n    reader = os.fork()\n    if reader: print(reader, flush=True)\n"
+            "    time.sleep(60)")
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    reader = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    try:
+        with claim(Path("run")):
+            os.kill(reader, 0)  # which is still there
+    finally:
+        os.kill(reader, signal.SIGKILL)
 
 
 def test_what_a_killed_run_left_unfinished_is_removed_and_nothing_else():

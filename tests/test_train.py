@@ -19,9 +19,8 @@ from refiner_min import UserError, checkpoint, data, engine, scenes, train
 from refiner_min.augment import evaluation_picture, normalise
 from refiner_min.model import refiner_vit_m, refiner_vit_s
 from refiner_min.pictures import read_picture
-from refiner_min.stopping import StopRequest
 from tests.pictures import make_folder, names_of, pack_labels, random_labels
-from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small
+from tests.runs import SMALL, assert_same_runs, rows_of, run_of, small, stop_at
 from tests.test_checkpoint import published_state
 from tests.test_recipes import PUBLISHED, published_commands
 
@@ -74,6 +73,9 @@ def test_flags_of_a_stream_reach_it(pictures):
     (["--device", "meta"], "--device meta cannot be used here"),
     (["--img-size", "2", "--patch-size", "2", "--batch-size", "1"], "over which BatchNorm cannot count"),
     (["--resume", "a", "--weights", "b.pt"], "leave out --weights"), (["--resume", "a", "--out", "b"], "and --out"),
+    (["--finetune", "--resume", "auto"], "--finetune needs --weights PATH"),
+    (["--compile", "--checkpoint-maps"], "--compile does not go with --checkpoint-maps"),
+    (["--sync-bn", "--accumulate", "2"], "--sync-bn does not go with --accumulate"),
     (["--accumulate", "0"], "--accumulate 0 must be at least 1"),
     (["--accumulate", "3"], "--batch-size 10 must be a multiple of 3, the processes times --accumulate 3"),
     (["--batch-size", "1000"], "--batch-size 1000 is larger than the 24 training pictures"),
@@ -105,7 +107,7 @@ def test_the_default_run_on_the_digits_in_little(capsys):
     said = capsys.readouterr().out
     out = Path("runs/digits")
     assert sorted(file.name for file in out.iterdir()) == [
-        "best.pt", "config.json", "curves.png", "last.backup.pt", "last.pt", "metrics.csv"]
+        "best.pt", "config.json", "curves.png", "last.backup.pt", "last.pt", "metrics.csv", "steps.csv"]
     rows = rows_of(out)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"] and rows[-1]["step"] == "42"
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -371,14 +373,10 @@ def test_stopped_at_any_step_and_resumed_is_as_never_stopped(pictures, monkeypat
                   "0.3", "--ema", "0.9", "--workers", "1", "--amp", "off", *["--storage", "stream"] * streams)
     assert train.main([*flags, "--out", "whole"]) == 0
 
-    def stop(self, step):
-        self.signal = signal.SIGTERM if step == stop_after else self.signal
-        return self.signal is not None
-
-    monkeypatch.setattr(StopRequest, "agreed", stop)
-    assert train.main([*flags, "--out", "stopped"]) == 143
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop_after)
+        assert train.main([*flags, "--out", "stopped"]) == 143
     assert checkpoint.load("stopped/last.pt")["step"] == stop_after
-    monkeypatch.setattr(StopRequest, "agreed", lambda *arguments: False)
     torch.manual_seed(99)  # another state of the generators
     assert train.main(["--resume", "stopped", "--device", "cpu", "--workers", "1"]) == 0
     assert_same_runs("whole", "stopped")
@@ -388,7 +386,7 @@ def test_stopped_and_resumed_with_maps_is_as_never_stopped(pictures, labels, mon
     flags = ["--relabel", labels, "--mix-token", "--mixup", "0.8", "--cutmix", "1", "--ema", "0.9"]
     assert train.main(small(pictures, "--out", "whole", *flags)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "agreed", lambda self, step: setattr(self, "signal", 15) or step == 3)
+        stop_at(patch, 3)
         assert train.main(small(pictures, "--out", "stopped", *flags)) == 128 + 15
     assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0  # which knows its maps
     assert_same_runs("whole", "stopped")
@@ -449,10 +447,8 @@ def test_in_parts_stopped_and_gone_on_with(pictures, monkeypatch, capsys, parts)
     """A run in parts ends with the same bits when it is stopped, and says so when it goes on with others."""
     flags = ["--batch-size", "6", "--accumulate", "3", "--amp", "off"]
     assert train.main(small(pictures, "--out", "whole", *flags)) == 0
-    step = engine.Run.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "train_step", lambda run, *words: (
-            step(run, *words), run.step == 5 and run.part == 1 and os.kill(os.getpid(), signal.SIGTERM)))
+        stop_at(patch, 6)
         assert train.main(small(pictures, "--out", "stopped", *flags)) == 143
     said = capsys.readouterr().out
     assert "stopped after step 6; to go on: python -m refiner_min.train --resume stopped" in said
@@ -472,7 +468,7 @@ def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.Run, "train_step", full)
         with pytest.raises(UserError, match="^5 pictures of 16 px at once are too many for the GPU's memory: "
-                                            "--accumulate 4 takes a batch in more parts, .* --resume big goes on"):
+                                            "--accumulate 5 takes a batch in more parts, .* --resume big goes on"):
             train.main(small(pictures, "--out", "big", "--accumulate", "2"))
     assert train.main(["--resume", "big", "--device", "cpu", "--accumulate", "5"]) == 0
     monkeypatch.setattr(train, "evaluate", full)
