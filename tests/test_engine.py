@@ -164,7 +164,8 @@ def test_accumulated_parts_make_one_step(pictures, monkeypatch):
 
 def test_batchnorm_counts_once_a_step(pictures):
     """Its statistics are those of the first process's share, as they are of several processes."""
-    run, twin = (run_of(pictures, "--batch-size", "24", "--amp", "off", *flags) for flags in (("--accumulate", "3"), ()))
+    run, twin = (run_of(pictures, "--batch-size", "24", "--amp", "off", *flags)
+                 for flags in (("--accumulate", "3"), ()))
     run.wrapped.train()
     twin.wrapped.train()
     images, labels = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
