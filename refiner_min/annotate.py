@@ -2,10 +2,11 @@
 
 The annotator is an ImageNet classifier whose head is applied at every position of its last feature map, before the
 pooling. Each training picture is squashed to a square whole, so that a crop's box in fractions means the same place in
-the picture and in its map; label_store.LabelWriter puts them on disk. Several GPUs or machines, each its share of the
-batches: torchrun --nproc-per-node 8 -m refiner_min.annotate --subset imagenet --data DIR --resume
-Source: ReLabel, arXiv:2101.05022 (squashed
-pictures), and the published generate_label.py (top 5; it crops the centre, which its crops then miss).
+the picture and in its map; label_store.LabelWriter puts them on disk.
+Several GPUs or machines, each its share of the batches:
+torchrun --nproc-per-node 8 -m refiner_min.annotate --subset imagenet --data DIR --resume
+Source: ReLabel, arXiv:2101.05022 (squashed pictures), and the published generate_label.py (top 5; it crops the centre,
+which its crops then miss).
 """
 
 import argparse

@@ -41,8 +41,9 @@ def open_labels(folder, classes: list[str]):
 
 
 class PackedLabels:
-    """One store for a whole set: labels.json (annotator, size, classes, shape, rows done), pictures.txt (the name of
-    row i in line i), logits.f16 and ids.i16 (n, k, H, W), which stay on the disk and are mapped into memory."""
+    """One store for a whole set: labels.json (annotator, size, classes, shape, rows done, names skipped, how rows were
+    made), pictures.txt (the name of row i in line i), logits.f16 and ids.i16 (n, k, H, W), which stay on the disk and
+    are mapped into memory."""
 
     FACTS, NAMES, LOGITS, IDS = "labels.json", "pictures.txt", "logits.f16", "ids.i16"
     FIELDS = {"annotator": str, "size": int, "classes": list[str], "shape": list[int], "done": int,

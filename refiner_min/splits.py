@@ -94,8 +94,9 @@ class MemorySplit:
 
 def decode(listing: Listing, transform, size: int, name: str, skip_bad: bool) -> MemorySplit:
     """A folder's pictures as transform makes them, PIL picture -> (3, size, size) uint8, from the cache beside it if
-    that still fits them; of all processes that want it one makes it. name: says what transform does, in the name of the
-    cache. UserError: a picture that cannot be read; with skip_bad it is left out, as long as its class keeps one."""
+    that still fits them; where it can be written, one process makes it for all. name: says what transform does, in the
+    cache's name. UserError: a picture that cannot be read; with skip_bad it is left out, if its class keeps one.
+    """
     content = hashlib.sha256(f"{CACHE_FORMAT} {name} {skip_bad}".encode())
     for index in range(len(listing)):
         content.update(os.fsencode(listing.below(index)) + _version(Path(listing.path(index))))

@@ -372,7 +372,7 @@ def resuming(args: argparse.Namespace, out: Path) -> list[str]:
     words = ["--resume", str(out)]
     for name, default in NOT_SAVED.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not default and value != default:
+        if value != default:
             words += [flag] if value is True else [flag, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
 
