@@ -30,11 +30,13 @@ FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk holds all that
 class UserError(Exception):
     """A mistake that its user can mend, said in one sentence: what was wrong, with the value, and what to do."""
 
+    def __str__(self):  # in one line, whatever stands in a file that it speaks of
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+
 
 def some(names: list[str]) -> str:
-    """The first three of them, and how many more there are, for such a sentence, which is one line."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """The first three of them, and how many more there are, for such a sentence."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def run_command(main):

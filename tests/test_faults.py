@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from refiner_min import checkpoint, plots, train
 from tests.runs import assert_same_runs, small
@@ -34,6 +35,15 @@ for kill in range(kills + 1):
     status = os.waitpid(child, 0)[1]
     assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if kill < kills else 0), (kill, status)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in what is killed here: with another number of threads the sums are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

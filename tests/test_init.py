@@ -23,6 +23,10 @@ def test_seeds_are_the_same_on_every_machine_and_differ_by_stream_and_numbers():
     assert len(seeds) == 1600 and max(seeds) < 2**64 and min(seeds) >= 0
 
 
+def test_a_sentence_is_one_line():
+    assert str(UserError("a\nb\x1ec\udcffd é")) == "a\\nb\\x1ec\\udcffd é"
+
+
 def test_a_few_names_and_how_many_more():
     assert some(["a", "b", "c"]) == "a, b, c" and some(list("abcde")) == "a, b, c and 2 more"
 
