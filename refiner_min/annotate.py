@@ -32,7 +32,7 @@ from refiner_min.label_store import LabelMap, LabelWriter, open_labels
 from refiner_min.listing import Listing
 from refiner_min.pictures import SKIP_HINT, read_picture, squash
 from refiner_min.relabel import pool_label_map
-from refiner_min.splits import WAIT, ignore_signals, readers_told, reading
+from refiner_min.splits import reader_options, readers_told, reading
 from refiner_min.stopping import StopRequest, claim
 
 TOP = 5  # logits kept a position
@@ -229,8 +229,8 @@ def annotate(annotator: Annotator, columns, pictures: Listing, names: list[str],
     firsts = range(done, len(pictures), batch_size)
     mine = ((first, [pictures.path(row) for row in range(first, min(first + batch_size, len(pictures)))])
             for first in firsts[distributed.rank()::distributed.world()])
-    loader = DataLoader(_Squares(size), batch_size=None, sampler=mine, num_workers=workers, pin_memory=columns.is_cuda,
-                        worker_init_fn=ignore_signals, timeout=WAIT if workers else 0)
+    loader = DataLoader(_Squares(size), batch_size=None, sampler=mine, pin_memory=columns.is_cuda,
+                        **reader_options(workers))
     bar = tqdm(total=len(pictures), initial=done, unit=" pictures", disable=None if distributed.is_main() else True)
 
     def save():
@@ -298,7 +298,8 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=hardware.default_workers(), help="processes that read pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     args = parser.parse_args(arguments)
-    for name, low in (("size", 32), ("check", 0), ("batch_size", 1), ("workers", 0)):
+    hardware.check_workers(args.workers)
+    for name, low in (("size", 32), ("check", 0), ("batch_size", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {low}")
     return args

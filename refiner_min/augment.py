@@ -311,6 +311,7 @@ class StreamAugmentation:
         return image
 
     def with_map(self, picture: Image.Image, label_map: LabelMap) -> tuple[torch.Tensor, LabelMap, torch.Tensor]:
+        """The image, the map changed as it was, and the crop's box in the map."""
         size, flipped, places = picture.size, bool(torch.rand(()) < self.flip), torch.eye(3).double()
         if flipped:
             picture = v2.functional.horizontal_flip(picture)

@@ -8,7 +8,7 @@ hardware and distributed.
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from refiner_min.augment import Batch, erase
 from refiner_min.data import Subset
 from refiner_min.evaluation import evaluate
 from refiner_min.foreign import check_alike, check_fields
-from refiner_min.memory import recompute_maps
+from refiner_min.memory import recompute_maps, statistics_kept
 from refiner_min.model import RefinerViT
 from refiner_min.recipes import VERSION, Recipe, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, mix_token_box, pool_label_map
@@ -95,8 +95,8 @@ class Run:
         return {"subset": self.subset.name, "data": self.subset.root, "recipe_version": VERSION,
                 "recipe": asdict(self.recipe), "config": asdict(self.model.config), "classes": self.subset.class_names,
                 "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world,
-                "accumulate": self.accumulate,
-                "storage": self.subset.storage, "relabel": self.subset.relabel, "annotator": self.subset.annotator}
+                "accumulate": self.accumulate, "storage": self.subset.storage, "relabel": self.subset.relabel,
+                "annotator": self.subset.annotator}
 
     def state(self) -> dict:
         """All of the run, to go on from."""
@@ -213,12 +213,13 @@ class Run:
         if self.part == 0:
             self.optimizer.zero_grad()
         last = self.part + 1 == self.accumulate
-        counted = [buffer.clone() for buffer in self.model.buffers()] if self.part else ()
-        with nullcontext() if last or self.world == 1 else self.wrapped.no_sync():  # gradients meet in the last part
+        with ExitStack() as within:
+            if self.part:  # BatchNorm counts the first share, as that of the first of several processes
+                within.enter_context(statistics_kept(self.model))
+            if not last and self.world > 1:  # gradients meet in the last part
+                within.enter_context(self.wrapped.no_sync())
             loss = self.loss_of(images, labels)
             self.scaler.scale(loss / self.accumulate).backward()
-        for buffer, before in zip(self.model.buffers(), counted):  # BatchNorm's count, as of the first process's share
-            buffer.copy_(before)
         self.loss.add(loss, len(images), self.step)
         self.part = 0 if last else self.part + 1
         if last:

@@ -112,9 +112,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def most_workers() -> int:
-    """What may be asked for: several times the cores, for a network disk that is waited for, and no more."""
-    return 8 * available_cores()
+def check_workers(workers: int | None):
+    """UserError: more processes that read pictures than a network disk, which is waited for, can keep busy."""
+    most = 8 * available_cores()
+    if workers is not None and not 0 <= workers <= most:
+        raise UserError(f"--workers {workers} must be at least 0 and at most {most}, eight times the "
+                        f"{available_cores()} cores")
 
 
 def default_workers() -> int:

@@ -28,12 +28,12 @@ def recompute_maps(network: RefinerViT):
             refinement = block.attention.refinement
             refinement.forward = partial(  # nothing in it is random
                 checkpoint, refinement.forward, use_reentrant=False, preserve_rng_state=False,
-                context_fn=lambda refinement=refinement: (nullcontext(), _statistics_kept(refinement)))
+                context_fn=lambda refinement=refinement: (nullcontext(), statistics_kept(refinement)))
 
 
 @contextmanager
-def _statistics_kept(network: nn.Module):
-    """What is counted meanwhile, by BatchNorm, is counted on copies: the first pass has counted it."""
+def statistics_kept(network: nn.Module):
+    """What BatchNorm counts within it, it counts on copies, which are then forgotten."""
     counted = [(module, dict(module._buffers)) for module in network.modules()]
     for module, buffers in counted:
         module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})

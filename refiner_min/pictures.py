@@ -29,7 +29,7 @@ def read_picture(source, mode: str = "RGB", enough=None) -> Image.Image:
             picture.load()
             return picture if picture.mode == mode else picture.convert(mode)  # a copy only where it is needed
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{printable(source)} is not a picture that can be read ({error})") from None
+        raise UserError(f"{source} is not a picture that can be read ({error})") from None
 
 
 def _decode_smaller(picture: Image.Image, enough):
@@ -46,11 +46,6 @@ def _in_eight_bits(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith("I"):
         return picture
     return Image.fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
-
-
-def printable(path) -> str:
-    """A path for people, whatever bytes its name is of."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 def squash(picture: Image.Image, size: int) -> torch.Tensor:

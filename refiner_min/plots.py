@@ -195,7 +195,8 @@ def maps_and_tokens(models: dict[str, dict]) -> Figure:
         axes.set(xlabel="after block" if after else "block", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0].legend(frameon=False)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(models), frameon=False)
     for axes, (name, found) in zip(grid[len(panels):], models.items()):
         shown = axes.imshow(found["cka"].numpy(), vmin=0, vmax=1, origin="lower")
         axes.set(title=f"CKA of layers, {name}", xlabel="tokens after block", ylabel="tokens after block")

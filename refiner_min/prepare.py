@@ -22,7 +22,7 @@ from tqdm import tqdm
 from refiner_min import UserError, data, hardware, replacing, run_command, some, write_json
 from refiner_min.listing import walk
 from refiner_min.pictures import SKIP_HINT, read_picture
-from refiner_min.splits import WAIT, ignore_signals, readers_told, reading
+from refiner_min.splits import reader_options, readers_told, reading
 from refiner_min.stopping import StopRequest, claim
 
 FACTS = "prepared.json"  # in a folder of copies: what must be the same to go on with it
@@ -104,8 +104,8 @@ def copy_missing(source: Path, target: Path, pictures: dict[str, str], args: arg
     missing = [names for names in pictures.items() if names[0] not in found]
     there = done = len(pictures) - len(missing)
     bad = 0
-    loader = DataLoader(_Copies(source, target, args), batch_size=16, sampler=missing, num_workers=args.workers,
-                        collate_fn=list, worker_init_fn=ignore_signals, timeout=WAIT if args.workers else 0)
+    loader = DataLoader(_Copies(source, target, args), batch_size=16, sampler=missing, collate_fn=list,
+                        **reader_options(args.workers))
     bar = tqdm(total=len(pictures), initial=done, unit=" pictures", disable=None)
     with StopRequest() as stop, bar, readers_told():
         for problems in reading(loader):
@@ -197,8 +197,10 @@ def parse(arguments=None) -> argparse.Namespace:
     command.add_argument("--list", metavar="FILE", type=Path, required=True, help="lines NAME CLASS, Kaggle's LOC_val_s"
                          "olution.csv, or ILSVRC2012_validation_ground_truth.txt with the devkit's meta.mat beside it")
     args = parser.parse_args(arguments)
-    limits = {"size": range(1, 65501), "quality": range(1, 96), "workers": range(1025)}
-    for name, allowed in limits.items() if args.command == "shrink" else ():
+    if args.command == "val":
+        return args
+    hardware.check_workers(args.workers)
+    for name, allowed in (("size", range(1, 65501)), ("quality", range(1, 96))):
         if getattr(args, name) not in allowed:
             raise UserError(f"--{name} {getattr(args, name)} must be from {allowed.start} to {allowed.stop - 1}")
     return args

@@ -199,9 +199,8 @@ class StreamSplit:
         self.device = torch.device("cpu")
         self.batches = _Batches()
         self.loader = DataLoader(
-            _Pictures(listing, transform, maps, seed), batch_sampler=self.batches, num_workers=workers,
-            collate_fn=_collate, pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0,
-            worker_init_fn=ignore_signals, timeout=WAIT if workers else 0,
+            _Pictures(listing, transform, maps, seed), batch_sampler=self.batches, collate_fn=_collate,
+            pin_memory=pin_memory, persistent_workers=keep_workers and workers > 0, **reader_options(workers),
             generator=torch.Generator())  # its own: training's is not drawn from
 
     def __len__(self):
@@ -340,8 +339,13 @@ def kill_workers():
             worker.kill()
 
 
-def ignore_signals(worker: int):
-    """Begin as a worker. Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the main one to
+def reader_options(workers: int) -> dict:
+    """What every DataLoader is given so that its workers end with the command, and a disk that hangs is told."""
+    return dict(num_workers=workers, worker_init_fn=_begin, timeout=WAIT if workers else 0)
+
+
+def _begin(worker: int):
+    """As a worker. Ctrl-C and a scheduler's SIGTERM reach the workers too; whether to stop is for the main one to
     say. What Python's collector looked through, each worker would have a copy of; so it leaves out what is there."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
 """What is asked of a command from outside, between two steps: to stop (Ctrl-C, SIGTERM), and to save (the clock).
 
-Several processes ask each other, so that all of them stop or save after the same step; and a folder is for
-one command at a time (claim). It imports distributed.
+Several processes ask each other, so that all of them stop or save after the same step; and a folder is for one command
+at a time (claim). It imports distributed.
 """
 
 import signal
@@ -16,7 +16,7 @@ AGAIN = 2.0  # seconds after which a Ctrl-C is a second one: launchers hand the 
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end it after the step; a second Ctrl-C ends it at once. However often SIGTERM comes (a
+    """Ctrl-C and SIGTERM end the command after a step; a second Ctrl-C ends it at once. However often SIGTERM comes (a
     scheduler sends it to the launcher and to its processes, and the launcher sends it on), it is one."""
 
     def __enter__(self):

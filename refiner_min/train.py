@@ -75,11 +75,10 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
         name = f"--{item.name.replace('_', '-')}"
         group.add_argument(name, default=argparse.SUPPRESS, help=item.metadata["help"], **how)
     known = vars(parser.parse_args(arguments))
-    for name, low, high in (("workers", 0, hardware.most_workers()), ("eval_batch_size", 1, 2**24),
-                            ("accumulate", 1, 2**16), ("log_every", 0, 2**31)):
+    hardware.check_workers(known["workers"])
+    for name, low, high in (("eval_batch_size", 1, 2**24), ("accumulate", 1, 2**16), ("log_every", 0, 2**31)):
         if known[name] is not None and not low <= known[name] <= high:
-            more = f", eight times the {hardware.available_cores()} cores" if name == "workers" else ""
-            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low} and at most {high}{more}")
+            raise UserError(f"--{name.replace('_', '-')} {known[name]} must be at least {low} and at most {high}")
     if not known["save_every"] > 0:
         raise UserError(f"--save-every {known['save_every']:g} must be above 0")
     if known["finetune"] and not known["weights"] and known["resume"] in (None, "auto"):
@@ -112,10 +111,10 @@ def open_subset(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
         skip_bad=args.skip_bad, pin_memory=device.type == "cuda",
         transform=None if args.eval else make_stream_augmentation(recipe), labels=args.relabel)
     for split in filter(None, (subset.train, subset.val)):
-        fewest, most = (sign * distributed.largest_over_processes(sign * len(split)) for sign in (-1, 1))
-        if fewest < most:
-            raise UserError(f"some processes find {fewest:,} pictures and others {most:,}: the machines' copies of "
-                            f"{subset.root} differ")
+        found = distributed.gathered(len(split))
+        if len(set(found)) > 1:
+            raise UserError(f"some processes find {min(found):,} pictures and others {max(found):,}: the machines' "
+                            f"copies of {subset.root} differ")
     if count > len(subset.val):
         raise UserError(f"{count} processes are more than the {len(subset.val)} pictures to validate: start fewer")
     if main:
@@ -268,6 +267,10 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
         run.restore(state)
     except ValueError as error:
         raise UserError(f"{path} is no checkpoint of this run: {error}") from None
+    steps = distributed.gathered(run.step)
+    if len(set(steps)) > 1:
+        raise UserError(f"{path} is at step {min(steps)} for some processes and {max(steps)} for others: the machines' "
+                        f"copies of {path.parent} differ")
     parts, now = state["processes"] * state["accumulate"], run.world * run.accumulate
     if run.rank == 0 and parts != now:
         print(f"begun with a batch in {parts} parts (processes, times --accumulate), it goes on with {now}: the order "

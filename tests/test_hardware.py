@@ -55,7 +55,10 @@ def test_workers_are_the_cores_over_the_processes(cores, processes, workers, mon
         patch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
         patch.setattr(os, "cpu_count", lambda: 1000)
         assert hardware.available_cores() == cores and hardware.default_workers() == workers
-        assert hardware.most_workers() == 8 * cores
+        hardware.check_workers(8 * cores)
+        for asked in (-1, 8 * cores + 1):
+            with pytest.raises(UserError, match=f"--workers {asked} must be at least 0 and at most {8 * cores}, eight"):
+                hardware.check_workers(asked)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert hardware.available_cores() == cores and hardware.default_workers() == workers

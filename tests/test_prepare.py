@@ -260,7 +260,7 @@ def facts(content: str):
     (dict(source="set/val/n01440764/0.png"), None, "0.png cannot be listed .Not a directory"),
     (dict(source="empty"), lambda: Path("empty/a").mkdir(parents=True), r"/empty holds no pictures \(.jpg, .jpeg, "),
     (dict(size=0), None, "--size 0 must be from 1 to 65500"),
-    (dict(workers=-1), None, "--workers -1 must be from 0 to "),
+    (dict(workers=-1), None, "--workers -1 must be at least 0 and at most "),
     ("--quality=0", None, "--quality 0 must be from 1 to 95"),
     ("--quality=96", None, "--quality 96 must be from 1 to 95"),
     (dict(target="set"), None, "/set cannot take copies of .*/set: name"),
