@@ -5,6 +5,7 @@ The only file that asks torch.distributed or the launcher's environment (torchru
 
 import os
 import shlex
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def process_group(device: torch.device):
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads let go of the last step's tensors: once Python is ending, that would abort it
 
 
 @contextmanager
