@@ -90,7 +90,7 @@ def measure_block(block, maps) -> dict[str, torch.Tensor]:
     """The measures of one block's maps, means over the batch."""
     gathering = maps.raw if maps.refined is None else maps.refined
     found = {"head_similarity": head_similarity(gathering), "entropy": entropy(gathering),
-             "head_similarity_centred": head_similarity(gathering - gathering.mean(dim=(2, 3), keepdim=True)),
+             "head_similarity_centred": head_similarity(beyond_even(gathering)),
              "distance": mean_distance(gathering)}
     return found | (use_of_refinement(block.attention.refinement, maps) if maps.refined is not None else {})
 
@@ -103,9 +103,14 @@ def mean_cosine(vectors) -> torch.Tensor:
 
 
 def head_similarity(maps) -> torch.Tensor:
-    """How alike the heads' maps (B, H, N, N) are: the mean cosine between two of a picture. Without their even part
-    (each map's mean taken off), maps that have nothing but evenness in common give 0."""
+    """How alike the heads' maps (B, H, N, N) are: the mean cosine between two of a picture."""
     return mean_cosine(maps.flatten(2))
+
+
+def beyond_even(maps):
+    """Maps (B, H, N, N) without their mean: what they say beyond looking everywhere alike. Without it, maps that have
+    nothing but evenness in common have a cosine of 0."""
+    return maps - maps.mean(dim=(2, 3), keepdim=True)
 
 
 def token_similarity(tokens) -> torch.Tensor:

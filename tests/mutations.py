@@ -271,10 +271,10 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("turning asked of a stream", "train", "            if value > none:", "            if False:"),
     ("token labels learnt from unasked", "engine", "wanted = self.recipe.token_labels and",
      "wanted ="),
-    ("an exercise's answer may change what it is compared with", "exercises", "value.clone() if", "value if"),
-    ("a wrong answer of which no sentence speaks is taken", "exercises",
+    ("an exercise's answer may change what it is compared with", "exercises/__init__", "value.clone() if", "value if"),
+    ("a wrong answer of which no sentence speaks is taken", "exercises/__init__",
      "    raise WrongAnswer(f\"its numbers", "    print(f\"its numbers"),
-    ("a solution takes the place of an answer", "exercises", "if steps(stub) == steps(empty)", "if True"),
+    ("a solution takes the place of an answer", "exercises/__init__", "if steps(stub) == steps(empty)", "if True"),
     ("colours of few classes by their number", "plots", "if len(order) > len(CATEGORIES):", "if True:"),
     ("points of RoIAlign at the squares' edges", "plots", "(index + 0.5) / count for", "index / count for"),
     ("accuracy of tokens without a label counted", "evaluation", "(right & labelled).sum()", "right.sum()"),
@@ -327,7 +327,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
 FAULTS += [  # the notebooks show all of model.py: they must notice that theirs is another one
     (f"{description}, in model.py and not in the notebooks", file, there, instead, "notebooks")
     for description, file, there, instead, *_ in FAULTS if file == "model"]
-TESTS = {"__init__": "init"}  # the tests of a module that are named otherwise
+TESTS = {"__init__": "init", "exercises/__init__": "exercises"}  # the tests of a module that are named otherwise
 
 
 def run_tests(file: str, there: str = "", instead: str = "", tests: str = "") -> subprocess.CompletedProcess:

@@ -1,0 +1,65 @@
+"""What the notebooks' exercises call, one file a notebook: each check_... takes the reader's function and says what is
+wrong with it; here is how they say it.
+
+A solution in a notebook takes the place of a stub only while it is empty (solution_of), so that a notebook runs from
+top to bottom and a reader's own answer is what is checked.
+"""
+
+import dis
+
+import torch
+
+
+class WrongAnswer(Exception):
+    """What is wrong with an answer, in a sentence; a notebook shows it without a traceback."""
+
+    def _render_traceback_(self):
+        return [f"not yet: {self}"]
+
+
+def solution_of(stub):
+    """A decorator that puts a solution in the place of an empty stub, and leaves an answer as it is."""
+    def empty():
+        ...
+
+    def steps(function):
+        return [(step.opname, step.argval) for step in dis.get_instructions(function)]
+
+    return lambda solution: solution if steps(stub) == steps(empty) else stub
+
+
+def answer(function, *inputs):
+    """What the reader's function returns for copies of the inputs, which it may change. WrongAnswer: nothing."""
+    found = function(*(value.clone() if isinstance(value, torch.Tensor) else value for value in inputs))
+    if found is None:
+        raise WrongAnswer("it returned nothing: does it end with a return?")
+    return found
+
+
+def compare(found, expected, faults: dict):
+    """Say that found is right. WrongAnswer: it is not; faults: what typical mistakes give, by the sentence that names
+    them."""
+    compare_quietly(found, expected, faults)
+    print("right")
+
+
+def compare_quietly(found, expected, faults: dict):
+    if not isinstance(found, torch.Tensor):
+        raise WrongAnswer(f"it returned {found!r}, not a tensor")
+    found = found.to(expected)
+
+    def is_like(tensor):
+        return found.shape == tensor.shape and torch.allclose(found, tensor, atol=1e-5, rtol=1e-4)
+
+    if is_like(expected):
+        return
+    for sentence, wrong in faults.items():
+        if is_like(wrong):
+            raise WrongAnswer(sentence)
+    if found.shape != expected.shape:
+        raise WrongAnswer(f"it returned the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    raise WrongAnswer(f"its numbers differ from the right ones by up to {(found - expected).abs().max():.2g}")
+
+
+def random(*shape, seed: int = 0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
