@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from refiner_min import replacing
@@ -15,10 +16,11 @@ from refiner_min import replacing
 STAGES = {"raw": "before expansion", "expanded": "after expansion", "convolved": "after local convolution",
           "refined": "after reduction"}
 BLUE, ORANGE = "#0072b2", "#d55e00"
-CATEGORIES = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
-              "#92dadd")  # of Petroff, "Accessible color sequences", arXiv:2107.02270
+SERIES = (BLUE, ORANGE, "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#f0e442")  # of Okabe and Ito
+CATEGORIES = ("#3f90da", "#ffc33b", "#a40122", "#00fccf", "#8400cd", "#ff6e3a", "#44aa99", "#ffb2fd", "#ee3377",
+              "#9f0162")  # of the palettes of Krzywinski, Tol and Petroff, far from each other and from grey
 OTHER = "#dddddd"
-SERIES = (BLUE, ORANGE, *CATEGORIES[4:])
+SURE = 0.5  # a label above it has its class's name printed on it, where names are short
 
 
 def save_figure(figure: Figure, path):
@@ -94,7 +96,8 @@ def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> F
     """Pictures (S, S, 3) with the likeliest class of each token as a colour over them, the surer the stronger.
 
     labels (n, T, K): probabilities, all zero where a token has no label. Up to ten classes have the same colours in
-    every picture; of more, those that are seen most have one, and others are pale grey.
+    every picture; of more, those that are seen most have one, and others are pale grey. Where names have at most two
+    characters, they stand on the tokens whose label is above SURE.
     """
     sure, likeliest = labels.max(dim=2)  # (n, T)
     order = torch.arange(labels.shape[2])
@@ -109,6 +112,9 @@ def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> F
         overlay = [to_rgba(colours.get(int(index), OTHER), 0.75 * float(value))
                    for index, value in zip(classes, strength)]
         axes.imshow(torch.tensor(overlay).unflatten(0, (side, side)).numpy(), extent=(0, side, side, 0))
+        for place in (strength > SURE).nonzero().flatten().tolist() if max(map(len, names)) <= 2 else []:
+            axes.text(place % side + 0.5, place // side + 0.52, names[classes[place]], color="white", fontsize=8,
+                      ha="center", va="center", path_effects=[withStroke(linewidth=1.5, foreground="black")])
         axes.set_title(title, fontsize="small")
     shown = [index for index in colours if (likeliest[sure > 0] == index).any()]
     figure.legend(handles=[Patch(color=colours[index], label=names[index]) for index in shown],
@@ -222,7 +228,7 @@ def sampling(picture, box, cells: int, tokens: int) -> Figure:
         x, y = x1 + (x2 - x1) * index / tokens, y1 + (y2 - y1) * index / tokens
         axes.plot([x, x], [y1, y2], color=ORANGE, linewidth=2)
         axes.plot([x1, x2], [y, y], color=ORANGE, linewidth=2)
-    axes.plot(*zip(*((x, y) for y in points[1] for x in points[0])), "o", color=CATEGORIES[0], markersize=4)
+    axes.plot(*zip(*((x, y) for y in points[1] for x in points[0])), "o", color=SERIES[4], markersize=4)
     return figure
 
 

@@ -61,5 +61,38 @@ def compare_quietly(found, expected, faults: dict):
     raise WrongAnswer(f"its numbers differ from the right ones by up to {(found - expected).abs().max():.2g}")
 
 
+def compare_cases(function, cases: list[tuple], right, wrong: dict):
+    """Say that function is right: for each case, the inputs of a call, it returns what right does. WrongAnswer: it does
+    not; wrong: functions that make typical mistakes, by the sentences that name them."""
+    found = [as_one_tensor(answer(function, *case)) for case in cases]
+    expected = [right(*case) for case in cases]
+    if len(cases) > 1 and all(same(one, found[0]) for one in found) and not same(*expected[:2]):
+        raise WrongAnswer("it returns the same for every input: is that a constant?")
+    for case, one, other in zip(cases, found, expected):
+        compare_quietly(one, other, {sentence: of(*case) for sentence, of in wrong.items()})
+    print("right")
+
+
+def as_one_tensor(found):
+    """An answer that must be a tensor. WrongAnswer: it is none."""
+    if isinstance(found, torch.Tensor):
+        return found.detach()
+    what = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else f"{found!r}"
+    raise WrongAnswer(f"it returned {what}, not one tensor")
+
+
+def as_number(found) -> float:
+    """An answer that must be a number: Python's, or a tensor that holds one. WrongAnswer: it is none."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        what = f"a {type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else f"{found!r}"
+        raise WrongAnswer(f"it returned {what}, not a number") from None
+
+
+def same(one, other) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 def random(*shape, seed: int = 0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
