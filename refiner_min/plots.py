@@ -186,6 +186,25 @@ def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Fi
     return figure
 
 
+def differences(by_seed: dict[str, list], places: list, xlabel: str, ylabel: str, mean: bool = True) -> Figure:
+    """Differences of several seeds, {seed's name: a value at each of the places}: a dot each, against zero, and of
+    several seeds their means with two standard errors to either side, unless they are not to be averaged."""
+    figure, axes = _chart(by_seed, 3.6)
+    values = torch.tensor(list(by_seed.values()), dtype=torch.float64)  # (seeds, places)
+    x, count = torch.arange(len(places)), len(values)
+    axes.axhline(0, color="black", linewidth=0.8)
+    if mean and count > 1:
+        errors = values.std(dim=0) / count**0.5
+        axes.errorbar(x, values.mean(dim=0), 2 * errors, fmt="_", color="black", markersize=14, capsize=4,
+                      label="mean, two standard errors")
+    for index, ((name, found), colour, marker) in enumerate(zip(by_seed.items(), SERIES, "os^Dv*Xp")):
+        axes.plot(x + 0.14 * (index - (count - 1) / 2), found, marker, color=colour, markersize=5, label=name)
+    axes.set_xticks(x, places)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
 def maps_and_tokens(models: dict[str, dict]) -> Figure:
     """What models are like, beside each other: measures.measure's lists as tensors, {model: {measure: tensor}}."""
     panels = {"head_similarity": "cosine of two heads' maps", "head_similarity_centred": "... without their even part",
@@ -214,8 +233,8 @@ def maps_and_tokens(models: dict[str, dict]) -> Figure:
 
 
 def sampling(picture, box, cells: int, tokens: int) -> Figure:
-    """Where RoIAlign reads a map of cells x cells over its picture (S, S), for the tokens x tokens squares of a box
-    (x1, y1, x2, y2 as fractions): as many points a square as it is cells wide and high, rounded up."""
+    """Where RoIAlign reads a map of cells x cells over its picture (S, S), for the tokens x tokens rectangles of a box
+    (x1, y1, x2, y2 as fractions): as many points in each as it is cells wide and high, rounded up."""
     figure = Figure(figsize=(4.4, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, cmap="gray", extent=(0, cells, cells, 0))

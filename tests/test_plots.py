@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 from torchvision.ops import roi_align
 
@@ -56,6 +57,50 @@ def test_up_to_ten_classes_have_the_same_colours_in_every_picture():
         figure = plots.label_maps([torch.rand(8, 8).numpy()], labels, list("0123456789"), ["a"])
         colours.append(figure.axes[0].images[1].get_array()[0, 0].tolist())
     assert colours[0] == colours[1]
+
+
+def test_short_names_stand_on_the_tokens_whose_label_is_sure():
+    labels = torch.zeros(1, 4, 3)
+    labels[0, 0, 1], labels[0, 1, 2], labels[0, 3, 2] = 0.9, 0.4, 0.6
+    picture = [torch.rand(8, 8).numpy()]
+    for names, written in ((["a", "b", "cc"], ["b", "cc"]), (["a", "b", "ccc"], [])):
+        axes = plots.label_maps(picture, labels, names, ["a"]).axes[0]
+        assert [text.get_text() for text in axes.texts] == written
+    axes = plots.label_maps(picture, labels, ["a", "b", "cc"], ["a"]).axes[0]
+    assert [tuple(map(int, text.get_position())) for text in axes.texts] == [(0, 0), (1, 1)]  # x, y of tokens 0 and 3
+
+
+DEUTERANOPIA = torch.tensor([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])  # Machado 2009
+TO_XYZ = torch.tensor([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]])  # white: 1, 1, 1
+
+
+def lab(colours, sight):
+    """sRGB from 0 to 1 (n, 3), as eyes of a kind see it -> CIELAB (n, 3)."""
+    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    xyz = (linear @ sight.T).clamp(0, 1) @ TO_XYZ.T
+    x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def test_the_colours_of_classes_are_far_from_each_other_and_from_grey():
+    colours = torch.tensor([to_rgb(colour) for colour in plots.CATEGORIES])
+    seen = lab(colours, torch.eye(3))
+    assert torch.pdist(seen).min() > 25 and torch.pdist(lab(colours, DEUTERANOPIA)).min() > 15
+    assert seen[:, 1:].norm(dim=1).min() > 30  # from the grey of their lightness
+
+
+def test_differences():
+    """Of two seeds at two places: dots, means and two standard errors."""
+    axes, = plots.differences({"seed 0": [1, -2], "seed 1": [3, 2]}, ["a", "b"], "x", "y").axes
+    zero, means, *dots = axes.lines
+    assert set(zero.get_ydata()) == {0}
+    assert list(means.get_ydata()) == [2, 0]
+    assert [list(line.get_ydata()) for line in dots if line.get_label().startswith("seed")] == [[1, -2], [3, 2]]
+    low, high = [collection.get_segments() for collection in axes.collections][0]
+    assert [low[0][1], low[1][1]] == pytest.approx([0, 4]) and [high[0][1], high[1][1]] == pytest.approx([-4, 4])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+    one, = plots.differences({"seed 0": [1, -2]}, ["a", "b"], "x", "y").axes
+    assert not one.collections  # of one seed there is no standard error
 
 
 def test_heatmaps_are_labelled_at_the_left_and_below_on_one_scale():
