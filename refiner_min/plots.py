@@ -191,14 +191,14 @@ def differences(by_seed: dict[str, list], places: list, xlabel: str, ylabel: str
     several seeds their means with two standard errors to either side, unless they are not to be averaged."""
     figure, axes = _chart(by_seed, 3.6)
     values = torch.tensor(list(by_seed.values()), dtype=torch.float64)  # (seeds, places)
-    x, count = torch.arange(len(places)), len(values)
+    x, mean = torch.arange(len(places)), mean and len(values) > 1
+    beside = [0.16 * (index - (len(values) + mean - 1) / 2) for index in range(len(values) + mean)]  # the mean first
     axes.axhline(0, color="black", linewidth=0.8)
-    if mean and count > 1:
-        errors = values.std(dim=0) / count**0.5
-        axes.errorbar(x, values.mean(dim=0), 2 * errors, fmt="_", color="black", markersize=14, capsize=4,
-                      label="mean, two standard errors")
-    for index, ((name, found), colour, marker) in enumerate(zip(by_seed.items(), SERIES, "os^Dv*Xp")):
-        axes.plot(x + 0.14 * (index - (count - 1) / 2), found, marker, color=colour, markersize=5, label=name)
+    if mean:
+        axes.errorbar(x + beside.pop(0), values.mean(dim=0), 2 * values.std(dim=0) / len(values) ** 0.5, fmt="_",
+                      color="black", markersize=7, capsize=3, label="mean, two standard errors")
+    for (name, found), colour, marker, left in zip(by_seed.items(), SERIES, "os^Dv*Xp", beside):
+        axes.plot(x + left, found, marker, color=colour, markersize=5, label=name)
     axes.set_xticks(x, places)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)

@@ -36,11 +36,11 @@ def check_read(read):
         low = min(int(max(place, 0)), size - 1)
         return low, min(low + 1, size - 1)
 
-    def between(cells, y, x, half=0.5, weight=float, clamp=True):
+    def between(cells, y, x, half=0.5, weight=float, clamp=True, least=0.0):
         mixed = cells
         for place, size in ((y - half, cells.shape[1]), (x - half, cells.shape[2])):
             low, high = corner(place, size) if clamp else (math.floor(place), (math.floor(place) + 1) % size)
-            share = weight(max(place, 0) - low if clamp else place - low)
+            share = weight(max(place, least) - low if clamp else place - low)
             mixed = (1 - share) * mixed[:, low] + share * mixed[:, high]
         return mixed
 
@@ -59,6 +59,10 @@ def check_read(read):
                 lambda *case: between(*case, weight=lambda share: 0.5),
             "the weights are the wrong way round: the nearer cell has the larger one":
                 lambda *case: between(*case, weight=lambda share: 1 - share),
+            "at the border, the weights go below 0 or above 1: nothing is nearer than the outermost centre":
+                lambda *case: between(*case, least=-math.inf),
+            "at the border, cells outside of the map count as 0; the outermost one counts again":
+                lambda cells, y, x: between(F.pad(cells, (1, 1, 1, 1)), y + 1, x + 1),
             "at the border, a cell of the other end is mixed in: an index of -1 is the last one":
                 lambda *case: between(*case, clamp=False),
         })

@@ -34,10 +34,19 @@ def read(cells, y, x, half=0.5, share=float, limit=True):
             + dy * ((1 - dx) * cells[:, below, col] + dx * cells[:, below, right]))
 
 
-def read_by_torch(cells, y, x):
+def read_by_torch(cells, y, x, padding="border"):
     height, width = cells.shape[1:]
     place = torch.tensor([2 * x / width - 1, 2 * y / height - 1]).view(1, 1, 1, 2)
-    return F.grid_sample(cells[None], place, padding_mode="border", align_corners=False).flatten()
+    return F.grid_sample(cells[None], place, padding_mode=padding, align_corners=False).flatten()
+
+
+def read_beyond(cells, y, x):
+    """int(-0.3) is 0, and -0.3 the share that is left."""
+    row, col = int(y - 0.5), int(x - 0.5)
+    dy, dx = y - 0.5 - row, x - 0.5 - col
+    below, right = min(row + 1, cells.shape[1] - 1), min(col + 1, cells.shape[2] - 1)
+    upper, lower = ((1 - dx) * cells[:, index, col] + dx * cells[:, index, right] for index in (row, below))
+    return (1 - dy) * upper + dy * lower
 
 
 def compose(outer, inner):
@@ -149,6 +158,8 @@ WRONG = [
     ("read", lambda cells, y, x: read(cells, y, x, share=lambda part: 0.5), "plain mean of the four"),
     ("read", lambda cells, y, x: read(cells, y, x, share=lambda part: 1 - part), "the wrong way round"),
     ("read", lambda cells, y, x: read(cells, y, x, limit=False), "an index of -1 is the last one"),
+    ("read", read_beyond, "below 0 or above 1"),
+    ("read", lambda *case: read_by_torch(*case, padding="zeros"), "outside of the map count as 0"),
     ("read", lambda cells, y, x: torch.ones(3), "the same for every input"),
     ("read", lambda cells, y, x: cells[:, int(y + 0.5), int(x)], "at the border there is no such cell"),
     ("read", lambda cells, y, x: read(cells, y, x)[:, None], "the shape .3, 1., not .3,"),
