@@ -28,9 +28,13 @@ def solution_of(stub):
     return lambda solution: solution if steps(stub) == steps(empty) else stub
 
 
+def copied(inputs) -> list:
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+
+
 def answer(function, *inputs):
     """What the reader's function returns for copies of the inputs, which it may change. WrongAnswer: nothing."""
-    found = function(*(value.clone() if isinstance(value, torch.Tensor) else value for value in inputs))
+    found = function(*copied(inputs))
     if found is None:
         raise WrongAnswer("it returned nothing: does it end with a return?")
     return found
@@ -39,7 +43,7 @@ def answer(function, *inputs):
 def answer_leaving(function, *inputs):
     """What the reader's function returns, where it must leave its inputs as they are: the notebook uses them again.
     WrongAnswer: nothing, or an input has changed."""
-    given = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+    given = copied(inputs)
     found = function(*given)
     if any(isinstance(value, torch.Tensor) and not torch.equal(value, kept) for value, kept in zip(given, inputs)):
         raise WrongAnswer("it changes one of its inputs in place, so the next cell would meet other numbers: compute "
