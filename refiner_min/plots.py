@@ -5,7 +5,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgba
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
@@ -136,6 +137,55 @@ def pictures(images, titles: list[str], columns: int = 8, boxes=None) -> Figure:
         if boxes is not None:
             x1, y1, x2, y2 = boxes[index].tolist()
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=ORANGE, linewidth=2))
+    return figure
+
+
+def token_row(image) -> Figure:
+    """An image (1, S, S) from -1 to 1 in 4 x 4 patches, and under it the row of 17 tokens that they become, the class
+    token in front; what stands in one row of the picture has one colour."""
+    size = image.shape[1] // 4
+    figure = Figure(figsize=(8.5, 3.8), layout="constrained")
+    places = figure.subplot_mosaic([["."] * 6 + ["picture"] * 5 + ["."] * 6, list(range(17))], height_ratios=(4.5, 1))
+    whole = places["picture"]
+    whole.imshow(image[0].numpy(), cmap="gray", vmin=-1, vmax=1, extent=(0, 4, 4, 0))
+    whole.set_title("16 patches", fontsize="medium")
+    places[0].text(0.5, 0.5, "class", ha="center", va="center", fontsize="x-small")
+    places[0].set(xlim=(0, 1), ylim=(0, 1), aspect=1)
+    places[8].set_title("17 tokens", fontsize="medium")
+    for axes in places.values():
+        axes.set(xticks=[], yticks=[])
+    for token in range(1, 17):
+        row, column = divmod(token - 1, 4)
+        colour = (BLUE, *CATEGORIES[1:3], CATEGORIES[4])[row]
+        whole.add_patch(Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, fill=False, edgecolor=colour, linewidth=2))
+        whole.text(column + 0.14, row + 0.14, str(token), fontsize="x-small", va="top",
+                   bbox=dict(facecolor="white", edgecolor="none", pad=1))
+        patch = image[0, row * size:(row + 1) * size, column * size:(column + 1) * size]
+        places[token].imshow(patch.numpy(), cmap="gray", vmin=-1, vmax=1)
+        places[token].spines[:].set(edgecolor=colour, linewidth=2)
+    for token in range(17):
+        places[token].set_xlabel(str(token), fontsize="small")
+    return figure
+
+
+def attention_over(images, looks: list, names: list[str], label: str = "") -> Figure:
+    """Images (n, 1, S, S) from -1 to 1, a row each, dark on white: alone, and with what each of its patches gets of
+    the attention as its colour, all on one scale. looks: n lists of (grid, grid); names: one for each of a list."""
+    columns = 1 + len(names)
+    figure, places = _grid(columns * len(images), columns, 1.2)
+    figure.set_figheight(1.25 * len(images) + 0.25)
+    top = max(float(look.max()) for row in looks for look in row)
+    colours = LinearSegmentedColormap.from_list("attention", ["white", ORANGE])
+    for index, axes in enumerate(places):
+        row, column = divmod(index, columns)
+        paper = 1 - 0.7 * (images[row, 0] / 2 + 0.5).clamp(0, 1)  # (S, S): the ink is not quite black
+        if column:
+            look = F.interpolate(looks[row][column - 1][None, None], paper.shape, mode="nearest")[0, 0]
+            paper = paper[:, :, None] * torch.tensor(colours(look.numpy() / top)[:, :, :3])  # (S, S, 3)
+        axes.imshow(paper.numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(names[column - 1] if column and not row else "", fontsize="small")
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=OTHER))
+    figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=list(places), label=label, shrink=0.8)
     return figure
 
 

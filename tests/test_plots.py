@@ -112,6 +112,35 @@ def test_heatmaps_are_labelled_at_the_left_and_below_on_one_scale():
     assert plots.heatmaps([-torch.ones(2, 2)], ["a"], around_zero=True).axes[0].images[0].get_clim() == (-1, 1)
 
 
+def test_token_row_shows_each_patch_below_its_place():
+    image = torch.arange(16.0).unflatten(0, (4, 4)).repeat_interleave(2, 0).repeat_interleave(2, 1)[None] / 8 - 1
+    whole, *tokens = plots.token_row(image).axes
+    assert [text.get_text() for text in whole.texts] == [str(index) for index in range(1, 17)]
+    assert [axes.get_xlabel() for axes in tokens] == [str(index) for index in range(17)]
+    assert [text.get_text() for text in tokens[0].texts] == ["class"] and not tokens[0].images
+    for index, (axes, square) in enumerate(zip(tokens[1:], whole.patches)):
+        assert (axes.images[0].get_array() == index / 8 - 1).all()
+        assert square.get_edgecolor() == axes.spines["left"].get_edgecolor()
+        x, y = square.get_center()
+        assert image[0, int(2 * y), int(2 * x)] == index / 8 - 1  # of a picture of 8 x 8 shown as 4 x 4
+
+
+def test_attention_over_colours_the_patches_by_their_weight_on_one_scale():
+    images = torch.stack([-torch.ones(1, 4, 4), torch.ones(1, 4, 4)])  # no ink, and nothing but ink
+    none, half, all_of_it = torch.zeros(2, 2), torch.tensor([[0.0, 0.2], [0.1, 0.0]]), torch.full((2, 2), 0.4)
+    figure = plots.attention_over(images, [[none, half], [half, all_of_it]], ["a", "b"], "weight")
+    *places, bar = figure.axes
+    assert [axes.get_title() for axes in places] == ["", "a", "b", "", "", ""]
+    assert bar.get_ylabel() == "weight" and bar.get_ylim() == pytest.approx((0, 0.4))
+    alone, first, second, dark, _, full = (torch.tensor(axes.images[0].get_array().data) for axes in places)
+    assert (alone == 1).all() and (first == 1).all() and torch.allclose(dark, torch.tensor(0.3))
+    orange = torch.tensor(to_rgb(plots.ORANGE), dtype=torch.float64)
+    assert (second[:2, :2] == 1).all() and (second[2:, 2:] == 1).all()  # where there is no weight
+    assert torch.allclose(second[:2, 2:], (1 + orange) / 2, atol=0.01)  # half of the greatest of all pictures
+    assert torch.allclose(second[2:, :2], (3 + orange) / 4, atol=0.01)
+    assert torch.allclose(full, 0.3 * orange, atol=0.01)
+
+
 def test_lines_and_bars():
     axes, = plots.lines({"a": ([0, 1], [2, 3]), "b": ([0, 1], [4, 5])}, "x", "y", ylim=(0, 9)).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[2, 3], [4, 5]]

@@ -28,12 +28,37 @@ def solution_of(stub):
     return lambda solution: solution if steps(stub) == steps(empty) else stub
 
 
+def copied(inputs) -> list:
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+
+
 def answer(function, *inputs):
     """What the reader's function returns for copies of the inputs, which it may change. WrongAnswer: nothing."""
-    found = function(*(value.clone() if isinstance(value, torch.Tensor) else value for value in inputs))
+    found = function(*copied(inputs))
     if found is None:
         raise WrongAnswer("it returned nothing: does it end with a return?")
     return found
+
+
+def answer_leaving(function, *inputs):
+    """What the reader's function returns, where it must leave its inputs as they are: the notebook uses them again.
+    WrongAnswer: nothing, or an input has changed."""
+    given = copied(inputs)
+    found = function(*given)
+    if any(isinstance(value, torch.Tensor) and not torch.equal(value, kept) for value, kept in zip(given, inputs)):
+        raise WrongAnswer("it changes one of its inputs in place, so the next cell would meet other numbers: compute "
+                          "a new tensor")
+    return answer(lambda: found)
+
+
+def number(found) -> torch.Tensor:
+    """A number as a scalar, whether it is Python's or a tensor of one element. WrongAnswer: it is none."""
+    if isinstance(found, int | float):
+        return torch.tensor(found)
+    if not isinstance(found, torch.Tensor) or found.numel() != 1:
+        what = f"the shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+        raise WrongAnswer(f"it returned {what}, not a number")
+    return found.reshape(())
 
 
 def compare(found, expected, faults: dict):
@@ -45,7 +70,9 @@ def compare(found, expected, faults: dict):
 
 def compare_quietly(found, expected, faults: dict):
     if not isinstance(found, torch.Tensor):
-        raise WrongAnswer(f"it returned {found!r}, not a tensor")
+        several = isinstance(found, tuple | list)
+        raise WrongAnswer(f"it returned {f'a {type(found).__name__} of {len(found)}' if several else repr(found)}, "
+                          "not a tensor")
     found = found.to(expected)
 
     def is_like(tensor):
