@@ -51,14 +51,19 @@ def answer_leaving(function, *inputs):
     return answer(lambda: found)
 
 
-def number(found) -> torch.Tensor:
-    """A number as a scalar, whether it is Python's or a tensor of one element. WrongAnswer: it is none."""
-    if isinstance(found, int | float):
-        return torch.tensor(found)
-    if not isinstance(found, torch.Tensor) or found.numel() != 1:
-        what = f"the shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-        raise WrongAnswer(f"it returned {what}, not a number")
-    return found.reshape(())
+def number(found) -> float:
+    """An answer that must be a number: Python's, or a tensor that holds one. WrongAnswer: it is none."""
+    try:
+        return float(None if isinstance(found, str) else found)
+    except (TypeError, ValueError, RuntimeError):
+        raise WrongAnswer(f"it returned {kind(found)}, not a number") from None
+
+
+def kind(found) -> str:
+    """What an answer is, for a sentence."""
+    if isinstance(found, torch.Tensor):
+        return f"the shape {tuple(found.shape)}"
+    return f"a {type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else repr(found)
 
 
 def compare(found, expected, faults: dict):
@@ -70,10 +75,8 @@ def compare(found, expected, faults: dict):
 
 def compare_quietly(found, expected, faults: dict):
     if not isinstance(found, torch.Tensor):
-        several = isinstance(found, tuple | list)
-        raise WrongAnswer(f"it returned {f'a {type(found).__name__} of {len(found)}' if several else repr(found)}, "
-                          "not a tensor")
-    found = found.to(expected)
+        raise WrongAnswer(f"it returned {kind(found)}, not one tensor")
+    found = found.detach().to(expected)
 
     def is_like(tensor):
         return found.shape == tensor.shape and torch.allclose(found, tensor, atol=1e-5, rtol=1e-4)
@@ -91,7 +94,7 @@ def compare_quietly(found, expected, faults: dict):
 def compare_cases(function, cases: list[tuple], right, wrong: dict):
     """Say that function is right: for each case, the inputs of a call, it returns what right does. WrongAnswer: it does
     not; wrong: functions that make typical mistakes, by the sentences that name them."""
-    found = [as_one_tensor(answer(function, *case)) for case in cases]
+    found = [answer(function, *case) for case in cases]
     expected = [right(*case) for case in cases]
     if len(cases) > 1 and all(same(one, found[0]) for one in found) and not same(*expected[:2]):
         raise WrongAnswer("it returns the same for every input: is that a constant?")
@@ -100,25 +103,9 @@ def compare_cases(function, cases: list[tuple], right, wrong: dict):
     print("right")
 
 
-def as_one_tensor(found):
-    """An answer that must be a tensor. WrongAnswer: it is none."""
-    if isinstance(found, torch.Tensor):
-        return found.detach()
-    what = f"a {type(found).__name__} of {len(found)}" if isinstance(found, tuple | list) else f"{found!r}"
-    raise WrongAnswer(f"it returned {what}, not one tensor")
-
-
-def as_number(found) -> float:
-    """An answer that must be a number: Python's, or a tensor that holds one. WrongAnswer: it is none."""
-    try:
-        return float(found)
-    except (TypeError, ValueError, RuntimeError):
-        what = f"a {type(found).__name__} of {len(found)}" if hasattr(found, "__len__") else f"{found!r}"
-        raise WrongAnswer(f"it returned {what}, not a number") from None
-
-
 def same(one, other) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return tensors and one.shape == other.shape and torch.equal(one, other)
 
 
 def random(*shape, seed: int = 0):

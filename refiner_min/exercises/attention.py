@@ -180,7 +180,7 @@ def check_map_similarity(similarity):
         found = answer_leaving(similarity, maps)
         if isinstance(found, torch.Tensor) and found.shape == (batch,):
             raise WrongAnswer("it returned a number for each picture: take their mean")
-        compare_quietly(number(found), cosines[:, others].mean(), {
+        compare_quietly(torch.tensor(number(found)), cosines[:, others].mean(), {
             "each head is compared with itself too, which is always one: leave the diagonal out": cosines.mean(),
             "the pairs of different heads are H (H - 1), not H * H: the sum is divided by too many":
                 cosines[:, others].sum() / (batch * heads**2),

@@ -68,7 +68,7 @@ def check_parameters(parameters):
         "ratio is E / H, so E is ratio * heads; here E is the ratio": lambda heads, ratio, kernel:
             2 * heads * ratio + ratio * kernel**2 + 4 * ratio + 4 * heads,
     }
-    found = torch.stack([number(answer(parameters, *case)).double() for case in cases])
+    found = torch.tensor([number(answer(parameters, *case)) for case in cases], dtype=torch.float64)
     compare(found, torch.tensor([count(*case) for case in cases]).double(), {
         sentence: torch.tensor([wrong(*case) for case in cases]).double() for sentence, wrong in mistakes.items()})
 
@@ -111,7 +111,7 @@ def check_unexplained(unexplained):
         (turned, turned_rest), alone = explained(maps, output), explained(output, maps, mixing=False)[1]
         by_picture = torch.tensor([explained(*pair) for pair in zip(output.split(1), maps.split(1))])
         each = torch.tensor([rest / every for every, rest in by_picture])
-        compare_quietly(number(answer_leaving(unexplained, output, maps)).double(), rest / every, {
+        compare_quietly(torch.tensor(number(answer_leaving(unexplained, output, maps))).double(), rest / every, {
             "that is the share that is explained; what is asked for is the rest": 1 - rest / every,
             "the constant is missing: take the mean of each column off both sides first": without / raw,
             "the means are taken off the output only after the fit: take them off both sides before":

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from refiner_min.exercises import WrongAnswer, answer, as_number, as_one_tensor, compare, compare_quietly, random
+from refiner_min.exercises import WrongAnswer, answer, compare, compare_quietly, number, random
 
 
 def check_schedule(rate):
@@ -53,7 +53,7 @@ def check_schedule(rate):
         "there is no cosine: after the warm-up the share stays 1": curve(fall=lambda s, w, n: 1.0),
         "// rounds down to whole numbers; the warm-up wants /": curve(lambda s, w, n: s // w),
     }
-    compare(torch.tensor([as_number(answer(rate, *case)) for case in cases]), curve(), faults)
+    compare(torch.tensor([number(answer(rate, *case)) for case in cases]), curve(), faults)
 
 
 def check_average(average):
@@ -66,7 +66,7 @@ def check_average(average):
             raise WrongAnswer("old has changed: it was averaged in place, and whoever still needs it has lost it")
         if not torch.equal(new, weights):
             raise WrongAnswer("weights have changed: they are what the optimizer goes on with")
-        compare_quietly(as_one_tensor(answer(lambda given: given, found)), decay * old + (1 - decay) * weights, {
+        compare_quietly(answer(lambda given: given, found), decay * old + (1 - decay) * weights, {
             "the weights have changed places: the decay is the share that stays": (1 - decay) * old + decay * weights,
             "the new weights are added without their share": decay * old + weights,
             "the old average keeps its whole weight; it must shrink to the share decay": old + (1 - decay) * weights,
@@ -221,7 +221,7 @@ def check_cutmix_labels(cutmix_labels):
         for part, before, faults, right in (("of the images, ", image, image_faults, by_area),
                                             ("of the tokens, ", tokens, token_faults, by_centre)):
             try:
-                compare_quietly(as_one_tensor(found[part == "of the tokens, "]), right(before, box, size),
+                compare_quietly(found[part == "of the tokens, "], right(before, box, size),
                                 {sentence: of(before, box, size) for sentence, of in faults.items()})
             except WrongAnswer as fault:
                 raise WrongAnswer(f"{part}{fault}") from None

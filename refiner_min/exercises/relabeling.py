@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from refiner_min.exercises import WrongAnswer, answer, as_number, compare, compare_cases, compare_quietly, random
+from refiner_min.exercises import WrongAnswer, answer, compare, compare_cases, compare_quietly, number, random
 
 
 def check_spread_out(spread_out):
@@ -109,7 +109,7 @@ def check_mirror_overlap(overlap):
         return width * height / (union * area - (width * height if own else 0))
 
     boxes = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 0.5], [0.4, 0.0, 1.0, 0.5], [0.6, 0.0, 0.9, 0.2]])
-    found = torch.tensor([as_number(answer(overlap, box)) for box in boxes])
+    found = torch.tensor([number(answer(overlap, box)) for box in boxes])
     compare(found, torch.stack([over(box) for box in boxes]), {sentence: torch.stack([of(box) for box in boxes])
                                                                for sentence, of in {
         "boxes that do not meet have an intersection too: a side below zero counts as zero":
@@ -214,14 +214,14 @@ def check_masked_token_loss(loss):
             masked(logits, labels) + torch.special.xlogy(labels, labels).sum() / (labels.sum(dim=2) > 0).sum(),
         "it is halved: dense_weight comes later": lambda *case: masked(*case) / 2,
     }
-    found = torch.tensor([as_number(answer(loss, *case)) for case in cases])
+    found = torch.tensor([number(answer(loss, *case)) for case in cases])
     compare_quietly(found, torch.stack([masked(*case) for case in cases]),
                     {sentence: torch.stack([of(*case) for case in cases]) for sentence, of in wrong.items()})
     large = 200 * torch.eye(6).expand(1, 6, 6)
-    if not math.isclose(as_number(answer(loss, large, large.flip(2) / 200)), 200, rel_tol=1e-3):
+    if not math.isclose(number(answer(loss, large, large.flip(2) / 200)), 200, rel_tol=1e-3):
         raise WrongAnswer("with logits of 200 it is not 200: the softmax came to zero before its logarithm was taken; "
                           "log_softmax takes both at once")
-    none = as_number(answer(loss, cases[0][0], torch.zeros(3, 7, 5)))
+    none = number(answer(loss, cases[0][0], torch.zeros(3, 7, 5)))
     if none != 0:
         raise WrongAnswer(f"without any label it is {none:g}, not 0: divide by at least 1")
     found = loss(cases[0][0].clone().requires_grad_(), labels.clone())

@@ -235,7 +235,7 @@ WRONG = [
      "without any label it is nan"),
     ("masked_token_loss", lambda *case: token_loss(*case).item(), "nothing can be learnt"),
     ("masked_token_loss", lambda *case: token_loss(*case, mean=lambda losses, there: losses * there),
-     "a Tensor of 3, not a number"),
+     "the shape .3, 7., not a number"),
     ("masked_token_loss", lambda *case: (token_loss(*case), 0), "a tuple of 2, not a number"),
     ("masked_token_loss", lambda *case: torch.tensor(2.0), "differ"),
 ]
