@@ -57,8 +57,8 @@ def neighbour_task(symbols, shown: int, away: int = 1, side: int | None = None, 
     here, there = (left + cell * (index + 0.5) for index in (shown, shown + away))
     start, bend = 0.3 + cell / 2, 0.12
     _arrow(axes, (start, top - 0.04), (here, top - 0.04), BLUE, bend=-bend)
-    axes.text((start + here) / 2, top - 0.1 - bend * (here - start) / 2, "attention finds the symbol that is shown",
-              color=BLUE, fontsize=9, ha="center", va="bottom")
+    axes.text(max((start + here) / 2, 1.55), top - 0.1 - bend * (here - start) / 2,
+              "attention finds the symbol that is shown", color=BLUE, fontsize=9, ha="center", va="bottom")
     for x, text, colour, aside in ((here, "shown", BLUE, "right"), (there, "answer", ORANGE, "left")):
         edge = cell * (0.45 if aside == "right" else -0.45) if away == 1 else 0  # neighbours make room for each other
         axes.text(x + edge, top + cell + 0.17, text, ha=aside if away == 1 else "center", va="top", fontsize=9,

@@ -164,6 +164,17 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
     return figure
 
 
+def points(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
+    """Points by their names, {name: (x, y)}. ValueError: more than there are colours."""
+    figure, axes = _chart(series, 3.4)
+    for (name, (x, y)), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
+        axes.plot(x, y, marker, color=colour, alpha=0.8, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
+    if len(series) > 1:
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
+    return figure
+
+
 def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Figure:
     """Bars by their names, {name: heights}, in as many groups as there are names below them. ValueError: more names
     than there are colours."""
@@ -186,7 +197,7 @@ def seeds(panels: dict[str, dict[str, list]], xlabel: str) -> Figure:
     names = list(next(iter(panels.values())))
     if len(names) > len(SERIES):
         raise ValueError(f"{len(names)} series, but only {len(SERIES)} colours")
-    figure = Figure(figsize=(3.4 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(4.6, 3.4 * len(panels)), 3.4), layout="constrained")
     for axes, (measure, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for (name, runs), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
             runs = torch.tensor(runs)  # (seeds, places)

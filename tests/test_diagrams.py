@@ -54,8 +54,8 @@ def test_a_pair_makes_a_map_once():
     assert sum(text == "$q, k$" for text in said) == 2 and sum(text == "$v$" for text in said) == 3
 
 
-@pytest.mark.parametrize("figure", [diagrams.neighbour_task(range(16), 3), diagrams.local_then_global(),
-                                    diagrams.neighbour_task(range(16), 3, 4, 4, 1), diagrams.pair_of_blocks()])
+@pytest.mark.parametrize("figure", [diagrams.neighbour_task(range(16), 0), diagrams.local_then_global(),
+                                    diagrams.neighbour_task(range(16), 11, 4, 4, 1), diagrams.pair_of_blocks()])
 def test_drawings_stay_on_their_page(figure):
     """And no text is drawn over another."""
     file = io.BytesIO()

@@ -141,3 +141,10 @@ def test_spread():
     assert found[0] == ([1, 3], [0, 0]) and found[1][0] == [2, 2] and found[2] == ([8], [1])
     assert found[5] == ([2], [1]) and axes.lines[0].get_color() != axes.lines[5].get_color()
     assert axes.yaxis_inverted() and axes.get_xlabel() == "%"
+
+
+def test_points():
+    axes = plots.points({"plain": ([1, 2], [3, 4]), "refined": ([5], [6])}, "step", "CKA", ylim=(0, 9)).axes[0]
+    assert [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in axes.lines] == [
+        ([1, 2], [3, 4], "None"), ([5], [6], "None")]
+    assert axes.get_ylim() == (0, 9) and axes.lines[0].get_color() != axes.lines[1].get_color()
