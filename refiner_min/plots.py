@@ -220,6 +220,17 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
     return figure
 
 
+def points(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limits) -> Figure:
+    """Points by their names, {name: (x, y)}. ValueError: more than there are colours."""
+    figure, axes = _chart(series, 3.4)
+    for (name, (x, y)), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
+        axes.plot(x, y, marker, color=colour, alpha=0.8, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
+    if len(series) > 1:
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
+    return figure
+
+
 def bars(series: dict[str, list], names: list[str], ylabel: str, **limits) -> Figure:
     """Bars by their names, {name: heights}, in as many groups as there are names below them. ValueError: more names
     than there are colours."""
@@ -252,6 +263,49 @@ def differences(by_seed: dict[str, list], places: list, xlabel: str, ylabel: str
     axes.set_xticks(x, places)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def seeds(panels: dict[str, dict[str, list]], xlabel: str) -> Figure:
+    """Curves of several seeds, a panel a measure: {measure: {name: [the values of a seed, ...]}}, the mean bold, each
+    seed thin. ValueError: more names than there are colours."""
+    names = list(next(iter(panels.values())))
+    if len(names) > len(SERIES):
+        raise ValueError(f"{len(names)} series, but only {len(SERIES)} colours")
+    figure = Figure(figsize=(max(4.6, 3.4 * len(panels)), 3.4), layout="constrained")
+    for axes, (measure, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for (name, runs), colour, marker in zip(series.items(), SERIES, "os^Dv*Xp"):
+            runs = torch.tensor(runs)  # (seeds, places)
+            for run in runs if len(runs) > 1 else []:
+                axes.plot(run.numpy(), color=colour, linewidth=0.8, alpha=0.6)
+            axes.plot(runs.mean(dim=0).numpy(), color=colour, marker=marker, markersize=4, linewidth=2, label=name)
+        axes.set(xlabel=xlabel, title=measure)
+        axes.title.set_fontsize("medium")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
+    return figure
+
+
+def spread(series: dict[str, dict[str, list]], xlabel: str, **limits) -> Figure:
+    """A value of several seeds by name and series, {series: {name: values}}: a row a name, a point a seed, and a bar at
+    the mean. ValueError: more series than there are colours."""
+    names = list(dict.fromkeys(name for found in series.values() for name in found))
+    figure, axes = _chart(series, 1.4 + 0.45 * len(names))
+    for index, ((label, found), colour, marker) in enumerate(zip(series.items(), SERIES, "os^Dv*Xp")):
+        aside = (index - (len(series) - 1) / 2) * 0.3
+        for name, values in found.items():
+            y = names.index(name) + aside
+            axes.plot(values, [y] * len(values), marker, color=colour, alpha=0.6, markersize=6)
+            axes.plot([sum(values) / len(values)] * 2, [y - 0.14, y + 0.14], color=colour, linewidth=3)
+        axes.plot([], [], marker, color=colour, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, **limits)
+    axes.grid(axis="y", color=OTHER, linewidth=0.6)
+    if len(series) > 1:
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
     return figure
 
 

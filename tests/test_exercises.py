@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refiner_min import exercises
+from refiner_min import exercises, model
 from refiner_min.exercises import WrongAnswer, solution_of
 
 NOTEBOOKS = ("attention", "expansion", "local_conv", "relabeling", "full_training")
@@ -37,6 +37,14 @@ def test_every_check_has_right_answers_and_two_wrong_ones():
     assert all(sum(name == wrong for wrong, *_ in WRONG) >= 2 for name in CHECKS)
     files = (Path(exercises.__file__).parent).glob("*.py")
     assert {path.stem for path in files} == {"__init__", *NOTEBOOKS}
+
+
+@pytest.mark.parametrize("cls", [model.Refinement, model.Attention])
+def test_a_check_leaves_the_class_of_the_package_as_it_is(cls):
+    before = dict(vars(cls))
+    with pytest.raises(WrongAnswer):
+        CHECKS[f"{cls.__name__.lower()}_forward"](lambda self, x, handed=None: x)
+    assert dict(vars(cls)) == before
 
 
 def test_half_of_the_wrong_answers_get_a_sentence_of_their_own():

@@ -60,7 +60,7 @@ def test_rooms_are_small_say_what_they_are_for_and_import_no_command_and_in_no_c
     list(TopologicalSorter(arrows).static_order())  # CycleError
     assert not COMMANDS & set.union(*(arrows[name] for name in ROOMS.keys() - {"study"}))
     assert not any("study" in arrow for arrow in arrows.values())
-    for name in ("model", "foreign", "pictures", "relabel", "distributed", "plots", "exercises"):
+    for name in ("model", "foreign", "pictures", "relabel", "distributed", "plots"):
         assert not arrows[name], name
     assert not arrows["recipes"] & {"engine", "data", "splits", "records", "evaluation"}  # nothing that trains
     for name, tree in ROOMS.items():

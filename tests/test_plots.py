@@ -191,3 +191,34 @@ def test_save_figure(tmp_path):
         assert picture.size == (1080, 420)
     with pytest.raises(UserError, match="could not be written"):
         plots.save_figure(figure, tmp_path / "none" / "curves.png")
+
+
+def test_seeds():
+    """The mean of two seeds bold, each thin; one seed alone is no mean."""
+    figure = plots.seeds({"a measure": {"plain": [[0.0, 1.0], [2.0, 3.0]], "refined": [[5.0, 6.0]]},
+                          "another": {"plain": [[1.0], [3.0]], "refined": [[0.0]]}}, "block")
+    first, second = figure.axes
+    assert [list(line.get_ydata()) for line in first.lines] == [[0, 1], [2, 3], [1, 2], [5, 6]]
+    assert [list(line.get_ydata()) for line in second.lines] == [[1], [3], [2], [0]]
+    assert first.lines[2].get_linewidth() > first.lines[0].get_linewidth()
+    assert first.lines[0].get_color() == first.lines[2].get_color() != first.lines[3].get_color()
+    assert (first.get_title(), second.get_title(), first.get_xlabel()) == ("a measure", "another", "block")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "refined"]
+    with pytest.raises(ValueError, match="9 series"):
+        plots.seeds({"": {str(index): [[0.0]] for index in range(9)}}, "")
+
+
+def test_spread():
+    axes = plots.spread({"right": {"plain": [1.0, 3.0], "linear": [8.0]}, "below": {"linear": [2.0]}}, "%").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "linear"]
+    found = [(list(line.get_xdata()), [round(float(y)) for y in line.get_ydata()]) for line in axes.lines]
+    assert found[0] == ([1, 3], [0, 0]) and found[1][0] == [2, 2] and found[2] == ([8], [1])
+    assert found[5] == ([2], [1]) and axes.lines[0].get_color() != axes.lines[5].get_color()
+    assert axes.yaxis_inverted() and axes.get_xlabel() == "%"
+
+
+def test_points():
+    axes = plots.points({"plain": ([1, 2], [3, 4]), "refined": ([5], [6])}, "step", "CKA", ylim=(0, 9)).axes[0]
+    assert [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in axes.lines] == [
+        ([1, 2], [3, 4], "None"), ([5], [6], "None")]
+    assert axes.get_ylim() == (0, 9) and axes.lines[0].get_color() != axes.lines[1].get_color()
