@@ -127,3 +127,12 @@ def test_every_exercise_has_a_stub_a_collapsed_solution_and_a_check(path):
         name = re.search(r"solution_of\((\w+)\)", source(found[index])).group(1)
         assert f"def {name}(" in source(found[index - 1]) and "..." in source(found[index - 1])
         assert re.search(rf"exercises\.check_\w+\({name}\)", source(found[index + 1]))
+
+
+def test_the_readme_counts_the_exercises():
+    headings = [line for path in NOTEBOOKS for cell in cells(path, "markdown") for line in source(cell).split("\n")
+                if line.startswith("### Exercise ")]
+    assert all(re.fullmatch(r"### Exercise \d: .+ \((easy|medium|hard), \d+ minutes\)", line) for line in headings)
+    hard = sum("(hard, " in line for line in headings)
+    words = "zero one two three four five six seven eight nine ten".split()
+    assert f"{len(headings)} exercises, {words[hard]} of them hard" in (ROOT / "README.md").read_text()

@@ -222,6 +222,20 @@ def test_the_readme_keeps_to_the_recorded_runs(pattern, row):
     assert f"| {row} | {len(records)} | {parameters:,} | {accuracy} | {minutes:.1f} |" in README
 
 
+def test_the_readme_keeps_to_the_study():
+    found = {}
+    for name in ("plain", "refined"):
+        paths = sorted(RESULTS.glob(f"imagenette-depth12-{name}-seed*.json"))
+        records = [json.loads(path.read_text()) for path in paths]
+        found[name] = [record["result"]["accuracy"] for record in records]
+        row = "plain ViT" if name == "plain" else name
+        assert (f"| Imagenette, 64 px, 12 epochs, 12 blocks, {row} | {len(records)} | {records[0]['parameters']:,} | "
+                f"{spread(found[name])} | - |") in README
+    pairs = [100 * (refined - plain) for plain, refined in zip(found["plain"], found["refined"], strict=True)]
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5
+    assert f"with 12 blocks +{statistics.mean(pairs):.1f} ± {error:.1f} points" in README
+
+
 def test_what_to_expect_keeps_to_the_recorded_runs():
     for pattern, text in (("digits-cpu-seed*", "digits, built in"),
                           ("digit-scenes-cpu-tokens-seed*", "built in, a label for every patch")):
