@@ -30,6 +30,7 @@ SETTINGS = {  # of JupyterLab, where they are not its own
     "apputils-extension/themes": {"adaptive-theme": True},  # dark when the browser prefers it
     "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, not only those in sight
 }
+HIGH = 6000  # pixels of a screenshot
 PATIENCE = 60  # seconds for a step; the cells themselves have longer
 
 pytestmark = [
@@ -94,7 +95,7 @@ def page(browser, name):
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
     page.set_default_timeout(1000 * PATIENCE)
     yield page
-    if not (SCREENSHOTS / f"{name}-dark.png").exists():
+    if not (SCREENSHOTS / f"{name}-dark-1.png").exists():
         page.screenshot(path=SCREENSHOTS / f"{name}-failed.png")
     page.close()
 
@@ -104,18 +105,19 @@ def choose(page, menu: str, entry: str) -> None:
     page.get_by_role("menuitem").filter(has=page.get_by_text(entry, exact=True)).click()
 
 
-def keep_screenshot(page, path: Path) -> None:
-    """From top to bottom: the window is made as high as the notebook."""
-    page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
-    for _ in range(5):  # what comes into sight is laid out anew
+def keep_screenshots(page, name: str) -> None:
+    """From top to bottom, as many as it takes: Chromium paints no page that is as high as a notebook."""
+    page.set_viewport_size({"width": 1280, "height": HIGH})
+    panel, top = page.locator(".jp-WindowedPanel-outer"), 0
+    for part in range(1, 20):
+        panel.evaluate("(panel, top) => panel.scrollTo(0, top)", top)
+        page.wait_for_timeout(500)  # what comes into sight is laid out anew
+        page.screenshot(path=SCREENSHOTS / f"{name}-{part}.png")
         last = page.locator(".jp-Notebook .jp-Cell").last.bounding_box()
-        height = round(last["y"] + last["height"]) + 60
-        if height == page.viewport_size["height"]:
-            break
-        page.set_viewport_size({"width": 1280, "height": height})
-    assert height == page.viewport_size["height"], "the layout does not come to rest"
-    assert height <= 16_384, "Chromium paints no higher page"
-    page.screenshot(path=path)
+        if last["y"] + last["height"] < HIGH:
+            return
+        top += panel.evaluate("panel => panel.clientHeight")
+    raise AssertionError("the layout does not come to rest")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -141,9 +143,9 @@ def test_all_cells_run_from_the_menu(lab, page, name, tmp_path):
     solutions = sum("jupyter" in cell["metadata"] for cell in stored)
     sync_api.expect(page.locator(".jp-InputPlaceholder")).to_have_count(solutions)  # all of them are shut
 
-    keep_screenshot(page, SCREENSHOTS / f"{name}-light.png")
+    keep_screenshots(page, f"{name}-light")
     page.emulate_media(color_scheme="dark")
     sync_api.expect(page.locator("body")).to_have_attribute("data-jp-theme-light", "false")
     sync_api.expect(page.locator("#jupyterlab-splash")).to_have_count(0)
-    keep_screenshot(page, SCREENSHOTS / f"{name}-dark.png")
+    keep_screenshots(page, f"{name}-dark")
     assert not exceptions
