@@ -1,4 +1,4 @@
-"""A task that plain attention cannot do in one block: name the symbol to the right of one that is shown.
+"""A task that plain attention does not learn in one block: name the symbol to the right of one that is shown.
 
     row:   a class token that shows one of 16 symbols, and the 16 in random order, of 20     answer: its right neighbour
 Attention can look for the symbol that is shown, but that symbol's token does not know its neighbour; only a map that is

@@ -83,3 +83,10 @@ def test_the_record_is_of_all_runs_and_goes_on(tmp_path, monkeypatch):
     without_times = [line.rsplit(",", 1)[0] for line in whole.splitlines()]
     again = (tmp_path / "made" / "neighbour.csv").read_text().splitlines()
     assert [line.rsplit(",", 1)[0] for line in again] == without_times
+
+
+def test_the_record_is_whole():
+    with open(RESULTS / "neighbour.csv") as file:
+        rows = [(row["task"], row["variant"], int(row["blocks"]), int(row["steps"]), int(row["seed"]))
+                for row in csv.DictReader(file)]
+    assert rows == [(*run, seed) for run in neighbour.RUNS for seed in range(neighbour.SEEDS)]

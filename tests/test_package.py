@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "notebooks" / "results"
 TABLES = (RESULTS / "README.md").read_text()
-RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(("annotate", "study")))
+RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(("annotate", "neighbour", "study")))
 SCENES = {"digit-scenes-cpu-tokens": "each its own digit", "digit-scenes-cpu-pictures": "all the picture's class",
           "digit-scenes-cpu-class": "none: class token only"}
 COMMANDS = {"train", "annotate", "explain", "prepare", "study"}

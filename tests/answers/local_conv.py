@@ -250,6 +250,7 @@ WRONG = [
     ("convolve", lambda maps, kernels: (convolve(maps, kernels),), "a tuple of 1, not one tensor"),
     ("convolve", convolve_in_place, "changes one of its inputs"),
     ("convolve", lambda maps, kernels: None, "it returned nothing"),
+    ("shift_rows", lambda x, offset: shift(x, offset).float(), "of float64 it makes another type"),
     ("shift_rows", lambda x, offset: shift(x, -offset), "with offset -1, the rows are moved the other way"),
     ("shift_rows", lambda x, offset: shift(x.T, offset).T, "with offset -1, columns are moved"),
     ("shift_rows", lambda x, offset: x.roll(-offset, 0), "come back at the other"),
