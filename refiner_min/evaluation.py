@@ -1,4 +1,4 @@
-"""How well a model tells a split's pictures apart. It imports model, augment, hardware and distributed."""
+"""How well a model tells a split's pictures apart. It imports model, fold, augment, hardware and distributed."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from refiner_min import distributed, hardware
 from refiner_min.augment import normalise
+from refiner_min.fold import fold
 from refiner_min.model import RefinerViT
 
 TOP = 5
@@ -31,12 +32,14 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net: RefinerViT, split, device: torch.device, batch_size: int) -> Score:
+def evaluate(net: RefinerViT, split, device: torch.device, batch_size: int, folded: bool = True) -> Score:
     """Score of the model, which is on the device and is left in evaluation mode; in float32: without autocast, and
     without TF32 on a GPU. split: its pictures as evaluation sees them (augment.evaluation_picture). batch_size: of one
-    process."""
+    process. folded: BatchNorms are folded into a copy, which is faster and rounds otherwise; a model with hooks wants
+    to be run as it is."""
     net, split = net.eval(), split.to(device)
     distributed.take_from_first(net.buffers())  # BatchNorm's statistics, of several processes the first one's
+    net = fold(net) if folded else net
     totals = torch.zeros(6, dtype=hardware.widest_float(device), device=device)
     indices = torch.arange(len(split))[distributed.rank()::distributed.world()]
     with hardware.exact_float32():

@@ -46,7 +46,7 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
     blocks = [{name: sum(float(block[name]) for block in same) / count for name in same[0]} for same in zip(*of_blocks)]
     found = {"pictures": count, "token_similarity": (tokens / count).tolist(), "cka": moments.cka().tolist(),
              **{name: [block.get(name) for block in blocks] for name in blocks[-1] | blocks[0]}}
-    return rounded(found | ablations(model, lambda: evaluate(model, split, device, batch_size).accuracy))
+    return rounded(found | ablations(model, lambda: evaluate(model, split, device, batch_size, folded=False).accuracy))
 
 
 def measure_run(folder: Path, device: torch.device) -> dict:

@@ -6,6 +6,7 @@ What a refinement keeps for its gradients is most of what a training step holds 
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,20 @@ def refinement_bytes(config: RefinerConfig, of_a_number: int = 2) -> int:
     and after BatchNorm and after ReLU6, of the expansion and of the convolution, and H before and after the skip."""
     tokens, heads = config.grid**2 + 1, config.heads
     return config.depth // 2 * (6 * heads * config.expand + 2 * heads) * tokens**2 * of_a_number
+
+
+def kept_bytes(call) -> int:
+    """What is kept for a backward pass through what call() returns, its inputs and weights included."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # held until all is counted, so that no place in memory is taken twice
+    assert result is not None
+    return sum(sizes.values())
 
 
 def recompute_maps(network: RefinerViT):

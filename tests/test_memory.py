@@ -1,11 +1,12 @@
 """memory.py: the same step to the last digit, statistics counted once, and less memory."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 
-from refiner_min.memory import recompute_maps, refinement_bytes
+from refiner_min.memory import kept_bytes, recompute_maps, refinement_bytes
 from refiner_min.model import RefinerConfig, RefinerViT
 from tests.runs import run_of
 
@@ -37,20 +38,6 @@ def test_gradients_and_statistics_are_the_same(options, training):
     assert list(kept.state_dict()) == list(recomputed.state_dict())
 
 
-def kept_bytes(network, images) -> int:
-    """What the forward pass keeps for the backward pass."""
-    sizes = {}
-
-    def pack(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network(images).logits
-    assert output.requires_grad
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_less_is_kept_as_the_formula_says(bf16):
     """A picture more: to the byte."""
@@ -61,7 +48,7 @@ def test_less_is_kept_as_the_formula_says(bf16):
         if recomputed:
             recompute_maps(network)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            one, two = (kept_bytes(network, torch.randn(count, 3, 32, 32)) for count in (1, 2))
+            one, two = (kept_bytes(partial(network, torch.randn(count, 3, 32, 32))) for count in (1, 2))
         kept[recomputed] = two - one
     assert kept[False] - kept[True] == refinement_bytes(config, 2 if bf16 else 4) > 0.3 * kept[False]
 

@@ -24,7 +24,7 @@ TABLES = (RESULTS / "README.md").read_text()
 RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(("annotate", "neighbour", "study")))
 SCENES = {"digit-scenes-cpu-tokens": "each its own digit", "digit-scenes-cpu-pictures": "all the picture's class",
           "digit-scenes-cpu-class": "none: class token only"}
-COMMANDS = {"train", "annotate", "explain", "prepare", "study"}
+COMMANDS = {"train", "annotate", "explain", "prepare", "bench", "study"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_environment_has_what_pyproject_asks_for():
     asked = project["dependencies"] + extras["notebooks"] + extras["test"]
     conda, pip = (ROOT / "environment.yml").read_text().split("dependencies:")[1].split("- pip:")
     there = re.findall(r"^  - (.+)$", conda, re.MULTILINE)
-    assert pip.split() == ["-", "-e", ".[browser,teacher]"]
+    assert pip.split() == ["-", "-e", ".[browser,teacher,onnx]"]
     assert {package_name(line) for line in there} == {
         "python", "pip", *(package_name(line).replace("torch", "pytorch") if line.startswith("torch>") else
                            package_name(line) for line in asked)}
@@ -107,8 +107,8 @@ def test_environment_has_what_pyproject_asks_for():
     bounds = {line.replace("torch", "pytorch", 1) if line.startswith("torch>") else line
               for line in asked if ">" in line}
     assert bounds <= set(there)
-    assert extras.keys() == {"notebooks", "test", "browser", "teacher", "dev"}
-    assert extras["dev"] == ["refiner_min[notebooks,test,browser,teacher]"]
+    assert extras.keys() == {"notebooks", "test", "browser", "teacher", "onnx", "dev"}
+    assert extras["dev"] == ["refiner_min[notebooks,test,browser,teacher,onnx]"]
 
 
 def test_version():
