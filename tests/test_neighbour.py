@@ -2,12 +2,15 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from refiner_min import neighbour
 from refiner_min.model import Block
+
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 
 
 @pytest.mark.parametrize("task, away, places", [("right", 1, 15), ("below", 4, 12)])
