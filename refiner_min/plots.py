@@ -169,8 +169,9 @@ def token_row(image) -> Figure:
 
 
 def attention_over(images, looks: list, names: list[str], label: str = "") -> Figure:
-    """Images (n, 1, S, S) from -1 to 1, a row each, dark on white: alone, and with what each of its patches gets of
-    the attention as its colour, all on one scale. looks: n lists of (grid, grid); names: one for each of a list."""
+    """Images (n, 1, S, S) from -1 to 1, a row each: alone, and as the outline of its ink (what is above 0) over its
+    patches, coloured by what each gets of the attention, all on one scale. looks: n lists of (grid, grid); names: one
+    for each of a list."""
     columns = 1 + len(names)
     figure, places = _grid(columns * len(images), columns, 1.2)
     figure.set_figheight(1.25 * len(images) + 0.25)
@@ -178,11 +179,15 @@ def attention_over(images, looks: list, names: list[str], label: str = "") -> Fi
     colours = LinearSegmentedColormap.from_list("attention", ["white", ORANGE])
     for index, axes in enumerate(places):
         row, column = divmod(index, columns)
-        paper = 1 - 0.7 * (images[row, 0] / 2 + 0.5).clamp(0, 1)  # (S, S): the ink is not quite black
+        image = images[row, 0]
         if column:
-            look = F.interpolate(looks[row][column - 1][None, None], paper.shape, mode="nearest")[0, 0]
-            paper = paper[:, :, None] * torch.tensor(colours(look.numpy() / top)[:, :, :3])  # (S, S, 3)
-        axes.imshow(paper.numpy(), cmap="gray", vmin=0, vmax=1)
+            look = F.interpolate(looks[row][column - 1][None, None], image.shape, mode="nearest")[0, 0]
+            axes.imshow(look.numpy(), cmap=colours, vmin=0, vmax=top)
+            axes.autoscale(False)
+            if image.min() < 0 < image.max():  # else there is no outline
+                axes.contour(image.numpy(), levels=[0], colors="black", linewidths=1.2)
+        else:
+            axes.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.set_title(names[column - 1] if column and not row else "", fontsize="small")
         axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=OTHER))
     figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=list(places), label=label, shrink=0.8)
@@ -190,10 +195,12 @@ def attention_over(images, looks: list, names: list[str], label: str = "") -> Fi
 
 
 def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", around_zero: bool = False,
-             xlabel: str = "key", ylabel: str = "query") -> Figure:
-    """Matrices side by side, on one scale: what a map says, or, around zero, what is negative in it."""
+             xlabel: str = "key", ylabel: str = "query", top: float | None = None) -> Figure:
+    """Matrices side by side, on one scale: what a map says, or, around zero, what is negative in it. The scale ends at
+    their greatest entry, or at top if given, where all that is greater looks alike."""
     figure, grid = _grid(len(maps), columns, 2.2 if len(maps) > 3 else 3.2)
-    top = max(float(values.abs().max()) for values in maps)
+    extend = "neither" if top is None else "max"
+    top = max(float(values.abs().max()) for values in maps) if top is None else top
     for index, (axes, values, title) in enumerate(zip(grid, maps, titles)):
         axes.axis("on")
         axes.tick_params(labelsize="x-small")
@@ -204,7 +211,7 @@ def heatmaps(maps: list, titles: list[str], columns: int = 4, label: str = "", a
         shown = axes.imshow(values.numpy(), cmap="PuOr" if around_zero else "viridis", vmin=-top if around_zero else 0,
                             vmax=top)
         axes.set_title(title, fontsize="small")
-    figure.colorbar(shown, ax=list(grid), label=label, shrink=0.8)
+    figure.colorbar(shown, ax=list(grid), label=label, shrink=0.8, extend=extend)
     return figure
 
 

@@ -109,7 +109,10 @@ def test_heatmaps_are_labelled_at_the_left_and_below_on_one_scale():
     assert [axes.get_ylabel() for axes in maps[:5]] == ["query", "", "", "", "query"]
     assert [axes.get_xlabel() for axes in maps[:5]] == ["", "key", "key", "key", "key"]  # none below the last three
     assert {axes.images[0].get_clim() for axes in maps[:5]} == {(0, 1)}
+    assert bar.get_ylim() == (0, 1)
     assert plots.heatmaps([-torch.ones(2, 2)], ["a"], around_zero=True).axes[0].images[0].get_clim() == (-1, 1)
+    cut = plots.heatmaps([torch.ones(2, 2)], ["a"], top=0.5)
+    assert cut.axes[0].images[0].get_clim() == (0, 0.5) and cut.axes[0].images[0].colorbar.extend == "max"
 
 
 def test_token_row_shows_each_patch_below_its_place():
@@ -125,20 +128,28 @@ def test_token_row_shows_each_patch_below_its_place():
         assert image[0, int(2 * y), int(2 * x)] == index / 8 - 1  # of a picture of 8 x 8 shown as 4 x 4
 
 
-def test_attention_over_colours_the_patches_by_their_weight_on_one_scale():
-    images = torch.stack([-torch.ones(1, 4, 4), torch.ones(1, 4, 4)])  # no ink, and nothing but ink
+def test_attention_over_colours_the_patches_by_their_weight_on_one_scale_under_the_outline_of_the_ink():
+    images = torch.stack([-torch.ones(1, 4, 4), torch.full((1, 4, 4), -1.0)])
+    images[1, 0, 1:3, 1:3] = 1  # no ink, and a square of it
     none, half, all_of_it = torch.zeros(2, 2), torch.tensor([[0.0, 0.2], [0.1, 0.0]]), torch.full((2, 2), 0.4)
     figure = plots.attention_over(images, [[none, half], [half, all_of_it]], ["a", "b"], "weight")
     *places, bar = figure.axes
     assert [axes.get_title() for axes in places] == ["", "a", "b", "", "", ""]
     assert bar.get_ylabel() == "weight" and bar.get_ylim() == pytest.approx((0, 0.4))
-    alone, first, second, dark, _, full = (torch.tensor(axes.images[0].get_array().data) for axes in places)
-    assert (alone == 1).all() and (first == 1).all() and torch.allclose(dark, torch.tensor(0.3))
-    orange = torch.tensor(to_rgb(plots.ORANGE), dtype=torch.float64)
-    assert (second[:2, :2] == 1).all() and (second[2:, 2:] == 1).all()  # where there is no weight
-    assert torch.allclose(second[:2, 2:], (1 + orange) / 2, atol=0.01)  # half of the greatest of all pictures
-    assert torch.allclose(second[2:, :2], (3 + orange) / 4, atol=0.01)
-    assert torch.allclose(full, 0.3 * orange, atol=0.01)
+    shown = [axes.images[0] for axes in places]
+    for alone, image in ((shown[0], images[0, 0]), (shown[3], images[1, 0])):  # as the other pictures: ink is white
+        assert (torch.tensor(alone.get_array()) == image).all()
+        assert alone.get_clim() == (-1, 1) and alone.get_cmap().name == "gray"
+    large = half.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    expected = [torch.zeros(4, 4), large, large, torch.full((4, 4), 0.4)]
+    for overlay, values in zip([shown[1], shown[2], shown[4], shown[5]], expected):
+        assert (torch.tensor(overlay.get_array()) == values).all() and overlay.get_clim() == pytest.approx((0, 0.4))
+        assert overlay.get_cmap()(0.0)[:3] == (1, 1, 1) and overlay.get_cmap()(1.0)[:3] == to_rgb(plots.ORANGE)
+    outlines = [[path for drawn in axes.collections for path in drawn.get_paths()] for axes in places]
+    assert [len(paths) for paths in outlines] == [0, 0, 0, 0, 1, 1]  # over the weights, and where there is ink
+    low, high = outlines[5][0].vertices.min(axis=0), outlines[5][0].vertices.max(axis=0)
+    assert list(low) == [0.5, 0.5] and list(high) == [2.5, 2.5]  # half way from paper to ink
+    assert places[5].get_xlim() == (-0.5, 3.5) and places[5].get_ylim() == (3.5, -0.5)
 
 
 def test_lines_and_bars():
