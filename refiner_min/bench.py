@@ -2,7 +2,7 @@
 
 One run, variant beside variant, interleaved round by round, medians: evaluation (--mode eval) or the forward and
 backward pass of training (--mode train), in float32 and bf16.
-    reference     float32, eager, the published code's order of operations: what the golden numbers hold
+    reference     float32, the published code's order of operations, eager: what the golden numbers hold
     eager         as the commands run it
     compiled      by torch.compile
     folded        evaluation: without BatchNorm (fold.py), eager or compiled, whichever was faster here
@@ -158,8 +158,7 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(arguments=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m refiner_min.bench", description="Speed and memory of the model "
-                                     "beside what the hardware allows.")
+    parser = argparse.ArgumentParser(prog="python -m refiner_min.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="s", help="default: s")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", default=224, help="default: 224")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: 128 on a GPU, else 8")

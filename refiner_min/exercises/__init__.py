@@ -74,6 +74,7 @@ def compare(found, expected, faults: dict):
 
 
 def compare_quietly(found, expected, faults: dict):
+    """compare, for one of several cases."""
     if not isinstance(found, torch.Tensor):
         raise WrongAnswer(f"it returned {kind(found)}, not one tensor")
     found = found.detach().to(expected)
