@@ -104,6 +104,14 @@ def compare_cases(function, cases: list[tuple], right, wrong: dict):
     print("right")
 
 
+def said_with(words: str, check, *inputs):
+    """check(*inputs), whose fault is told with the words that name the case."""
+    try:
+        check(*inputs)
+    except WrongAnswer as fault:
+        raise WrongAnswer(f"{words}{fault}") from None
+
+
 def same(one, other) -> bool:
     tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     return tensors and one.shape == other.shape and torch.equal(one, other)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from refiner_min.exercises import WrongAnswer, answer, compare, compare_quietly, number, random
+from refiner_min.exercises import WrongAnswer, answer, compare, compare_quietly, number, random, said_with
 
 
 def check_schedule(rate):
@@ -220,9 +220,6 @@ def check_cutmix_labels(cutmix_labels):
             raise WrongAnswer("it must return two tensors, the image's labels and the tokens'")
         for part, before, faults, right in (("of the images, ", image, image_faults, by_area),
                                             ("of the tokens, ", tokens, token_faults, by_centre)):
-            try:
-                compare_quietly(found[part == "of the tokens, "], right(before, box, size),
-                                {sentence: of(before, box, size) for sentence, of in faults.items()})
-            except WrongAnswer as fault:
-                raise WrongAnswer(f"{part}{fault}") from None
+            said_with(part, compare_quietly, found[part == "of the tokens, "], right(before, box, size),
+                      {sentence: of(before, box, size) for sentence, of in faults.items()})
     print("right")

@@ -6,17 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refiner_min.exercises import WrongAnswer, answer, answer_leaving, compare_quietly, random
+from refiner_min.exercises import WrongAnswer, answer, answer_leaving, compare_quietly, random, said_with
 from refiner_min.model import Attention, Refinement, RefinerConfig
-
-
-def said_with(words: str, check, *inputs):
-    """check(*inputs), whose fault is told with the words that name the case."""
-    try:
-        check(*inputs)
-    except WrongAnswer as fault:
-        raise WrongAnswer(f"{words}{fault}") from None
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # I. The theorem
