@@ -28,7 +28,7 @@ PRETRAINED = ("ti", "plain-ti")  # trained on Imagenette, refined and plain: ass
 FIELDS = {  # of a file of ours: engine.Run.origin, which best.pt holds beside its weights, and the rest of Run.state
     "subset": str, "data": str | None, "recipe_version": int, "recipe": dict[str, bool | int | float | str],
     "config": dict, "classes": list[str], "pictures": dict[str, int], "processes": int, "accumulate": int,
-    "storage": str, "relabel": str | None, "annotator": str | None, "model": dict[str, torch.Tensor],
+    "compiled": bool, "storage": str, "relabel": str | None, "annotator": str | None, "model": dict[str, torch.Tensor],
     "ema": dict[str, torch.Tensor] | None, "optimizer": dict, "scheduler": dict, "scaler": dict, "step": int,
     "history": list[dict[str, float]], "loss": torch.Tensor, "seconds": float,
 }

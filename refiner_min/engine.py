@@ -38,8 +38,7 @@ class Run:
     accumulate: this process takes the shares of so many, one after the other, before it moves the weights."""
 
     def __init__(self, recipe: Recipe, subset: Subset, net: RefinerViT, device: torch.device, out: Path,
-                 compiled: bool = False, eval_batch: int | None = None, accumulate: int = 1,
-                 checkpoint_maps: bool = False):
+                 eval_batch: int | None = None, accumulate: int = 1, checkpoint_maps: bool = False):
         self.recipe, self.device, self.out = recipe, device, out
         self.subset = replace(subset, train=subset.train.to(device), val=subset.val.to(device))
         self.rank, self.world, self.accumulate = distributed.rank(), distributed.world(), accumulate
@@ -50,7 +49,7 @@ class Run:
         self.model = net.to(device)
         self.settings = hardware.set_up_training(self.model, device, recipe.amp)
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        self.wrapped = torch.compile(self.wrapped) if compiled else self.wrapped
+        self.compiled, self.checkpoint_maps = False, checkpoint_maps  # compiled: the wrapped one, by compiling.settle
         self.ema = deepcopy(self.model).eval() if recipe.ema else None
         if checkpoint_maps:
             recompute_maps(self.model)
@@ -95,8 +94,8 @@ class Run:
         return {"subset": self.subset.name, "data": self.subset.root, "recipe_version": VERSION,
                 "recipe": asdict(self.recipe), "config": asdict(self.model.config), "classes": self.subset.class_names,
                 "pictures": {"train": len(self.subset.train), "val": len(self.subset.val)}, "processes": self.world,
-                "accumulate": self.accumulate, "storage": self.subset.storage, "relabel": self.subset.relabel,
-                "annotator": self.subset.annotator}
+                "accumulate": self.accumulate, "compiled": self.compiled, "storage": self.subset.storage,
+                "relabel": self.subset.relabel, "annotator": self.subset.annotator}
 
     def state(self) -> dict:
         """All of the run, to go on from."""
@@ -254,8 +253,9 @@ class Run:
             get_ema_multi_avg_fn(decay)(*self.averaged, None)
 
     def evaluate(self, net: RefinerViT | None = None):
-        """The evaluation.Score of net, or else of best_model."""
-        return evaluate(net or self.best_model, self.subset.val, self.device, self.eval_batch)
+        """The evaluation.Score of best_model, in float32; or of another net, in the run's number format."""
+        amp = "off" if net is None else self.recipe.amp
+        return evaluate(net or self.best_model, self.subset.val, self.device, self.eval_batch, amp)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

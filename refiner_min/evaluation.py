@@ -32,17 +32,18 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(net: RefinerViT, split, device: torch.device, batch_size: int, folded: bool = True) -> Score:
-    """Score of the model, which is on the device and is left in evaluation mode; in float32: without autocast, and
-    without TF32 on a GPU. split: its pictures as evaluation sees them (augment.evaluation_picture). batch_size: of one
-    process. folded: BatchNorms are folded into a copy, which is faster and rounds otherwise; a model with hooks wants
-    to be run as it is."""
+def evaluate(net: RefinerViT, split, device: torch.device, batch_size: int, amp: str = "off",
+             folded: bool = True) -> Score:
+    """Score of the model, which is on the device and is left in evaluation mode. split: its pictures as evaluation sees
+    them (augment.evaluation_picture). batch_size: of one process. amp: the number format of the matrix products, as
+    hardware.autocast's; "off" is float32, without TF32 on a GPU. folded: BatchNorms are folded into a copy, which is
+    faster and rounds otherwise; a model with hooks wants to be run as it is."""
     net, split = net.eval(), split.to(device)
     distributed.take_from_first(net.buffers())  # BatchNorm's statistics, of several processes the first one's
     net = fold(net) if folded else net
     totals = torch.zeros(6, dtype=hardware.widest_float(device), device=device)
     indices = torch.arange(len(split))[distributed.rank()::distributed.world()]
-    with hardware.exact_float32():
+    with hardware.exact_float32(), hardware.autocast(device, amp):
         for batch in split.epoch(indices, batch_size):
             output = net.forward_head(net.forward_features(normalise(batch.pictures)))
             totals += count(output, batch)

@@ -132,7 +132,7 @@ class Planned:
         if (self.out / "last.pt").exists() or (self.out / "last.backup.pt").exists():
             return ["--resume", str(self.out), "--device", self.device]
         return [*self.experiment.flags.split(), "--device", self.device, "--seed", str(self.seed),
-                "--out", str(self.out)]
+                "--out", str(self.out), "--no-compile"]  # so that no row of a table is and another is not
 
 
 def plan() -> list[Planned]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from refiner_min import UserError, checkpoint, data, distributed, hardware, records, run_command, some, write_json
+from refiner_min.compiling import settled
 from refiner_min.engine import Run, fit
 from refiner_min.evaluation import evaluate
 from refiner_min.model import RefinerViT
@@ -25,7 +26,7 @@ from refiner_min.step import make_stream_augmentation
 from refiner_min.stopping import claim
 
 NOT_SAVED = {  # of the flags, with their defaults: how a run is done here and now, which a checkpoint does not say
-    "save_every": 20.0, "device": None, "workers": None, "compile": False, "skip_bad": False, "eval_batch_size": None,
+    "save_every": 20.0, "device": None, "workers": None, "skip_bad": False, "eval_batch_size": None,
     "accumulate": 1, "checkpoint_maps": False, "log_every": 100, "tensorboard": False}
 
 
@@ -41,9 +42,9 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
                         "read them as they are needed (default: by the size of the set)")
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/SUBSET)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one; mps is untested)")
-    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: the cores over the "
-                        "processes on this machine, at most 16)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
+    parser.add_argument("--workers", type=int, help="processes that read a streamed set (default: at most 16)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model "
+                        "(default: where the run is long and a trial at its start finds it faster)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="each process takes its part of a batch "
                         "in N parts, one after the other, as N GPUs would take it; --batch-size stays")
     parser.add_argument("--checkpoint-maps", action="store_true", help="compute refined maps again in the backward "
@@ -84,7 +85,7 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     if known["finetune"] and not known["weights"] and known["resume"] in (None, "auto"):
         raise UserError("--finetune needs --weights PATH, the weights to begin with")
     if known["compile"] and known["checkpoint_maps"]:
-        raise UserError("--compile does not go with --checkpoint-maps, which it cannot compile: leave one out")
+        raise UserError("--compile does not go with --checkpoint-maps: leave one out")
     if known["eval"] and known["resume"] == "auto":
         known["resume"] = None
     given = {item.name: known.pop(item.name) for item in fields(Recipe) if item.name in known}
@@ -200,12 +201,12 @@ def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     if state is not None:
         same = state["classes"] == subset.class_names if "config" in state else len(subset.classes) == 1000
         load_start(net, state, args.weights, same, args.eval_weights)
-    return Run(recipe, subset, net, device, out, **options_of(args))
+    return settled(Run(recipe, subset, net, device, out, **options_of(args)), args.compile)
 
 
 def options_of(args: argparse.Namespace) -> dict:
     """What a Run is told besides its recipe: how this machine does it."""
-    return dict(compiled=args.compile, eval_batch=local_batch(args.eval_batch_size), accumulate=args.accumulate,
+    return dict(eval_batch=local_batch(args.eval_batch_size), accumulate=args.accumulate,
                 checkpoint_maps=args.checkpoint_maps)
 
 
@@ -254,6 +255,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     for name in ("subset", "data", "relabel", "storage"):
         setattr(args, name, getattr(args, name) or state[name])
     args.storage = None if args.subset in data.BUILT_IN else args.storage
+    args.compile = state["compiled"] if args.compile is None else args.compile
     asked = {name: value for name, value in given.items() if value != "auto"}
     check_saved({"subset": state["subset"], **state["recipe"]}, {"subset": args.subset, **asked}, path)
     recipe = saved_recipe(state, path)
@@ -276,7 +278,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
         print(f"begun with a batch in {parts} parts (processes, times --accumulate), it goes on with {now}: the order "
               f"of the pictures stays, BatchNorm counts over {run.local_batch} pictures now, and augmentation draws "
               f"other numbers")
-    return run
+    return settled(run, args.compile)
 
 
 def finish(run: Run, arguments: list[str]):

@@ -55,6 +55,18 @@ def test_evaluation_is_without_tf32(monkeypatch):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_what_is_reported_is_in_float32(pictures, monkeypatch):
+    """The rest, the accuracy of the weights beside their average, is in the run's number format."""
+    seen, real = [], evaluation.count
+    monkeypatch.setattr(evaluation, "count", lambda *words: (
+        seen.append(torch.is_autocast_enabled("cpu")), real(*words))[1])
+    for ema in ("0", "0.9"):
+        run = run_of(pictures, "--amp", "bf16", "--ema", ema)
+        run.evaluate()
+        run.evaluate(run.model)
+    assert seen == [False, False, True, True] * 2  # two batches each
+
+
 def test_tokens_are_counted_where_they_have_a_label():
     labels = F.one_hot(torch.tensor([[0, 1, 2, 0]]), 3).float() * torch.tensor([1.0, 1, 1, 0])[None, :, None]
     logits = 9 * F.one_hot(torch.tensor([[0, 1, 0, 0]]), 3).float()  # right, right, wrong, no label

@@ -1,0 +1,74 @@
+"""Whether a run's network is compiled by torch.compile: what is asked for, or what a trial finds faster.
+
+Compiling takes a minute or two and pays on some machines, for some models: S in float32 takes half the time on two
+cores, a small plain ViT three quarters, a small refined one as long as before. So a run that says nothing tries it.
+It imports floor, memory, hardware and distributed.
+"""
+
+import time
+
+import torch
+
+from refiner_min import distributed, hardware
+from refiner_min.floor import step
+from refiner_min.memory import statistics_kept
+
+LONG = 30 * 60  # seconds of training ahead, from which on a trial costs a twentieth at the most
+FASTER = 1.1  # so many times as fast the compiled network must be to be kept: less may be noise
+
+
+def settled(run, wanted: bool | None):
+    """An engine.Run, its network compiled if that is wanted and can be done; None: if the run is LONG and it is FASTER.
+    Says what came of it. The run's numbers begin as they would have; of several processes all agree."""
+    if wanted is False or run.checkpoint_maps:
+        return run
+    eager = None if wanted else step_seconds(run)
+    steps = run.recipe.epochs * run.steps_per_epoch - run.step
+    if eager is not None and eager * run.accumulate * steps < LONG:
+        return run
+    if eager is not None:
+        say("a long run: trying whether torch.compile makes it faster takes a minute or two")
+    before = run.wrapped
+    seconds, problem = compile_network(run)
+    run.compiled = problem is None and (eager is None or FASTER * seconds <= eager)
+    run.wrapped = run.wrapped if run.compiled else before
+    if problem is not None:
+        say(f"not compiled: torch.compile fails here ({problem})")
+    elif eager is not None:
+        say(f"{'' if run.compiled else 'not '}compiled: {seconds:.3f} s a step then, and {eager:.3f} without")
+    return run
+
+
+def compile_network(run) -> tuple[float | None, str | None]:
+    """The seconds of a step of the run with its network compiled, or why that cannot be done."""
+    try:
+        run.wrapped = torch.compile(run.wrapped)
+        seconds, problem = step_seconds(run), None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # all that torch.compile fails with, be it for want of a compiler
+        seconds, problem = None, str(error).strip().splitlines()[0]
+    return seconds, next(filter(None, distributed.gathered(problem)), None)
+
+
+def say(text: str):
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def step_seconds(run) -> float:
+    """The time of a forward and backward pass of the run's network on noise, at its fastest in the slowest process.
+    Nothing of the run changes."""
+    config, found = run.model.config, []
+    images = torch.randn(run.local_batch, config.in_channels, config.img_size, config.img_size, device=run.device)
+    run.wrapped.train()
+    with statistics_kept(run.model):
+        for _ in range(4):
+            started = time.perf_counter()
+            with hardware.autocast(run.device, run.recipe.amp):
+                step(run.wrapped, True, images)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            found.append(time.perf_counter() - started)
+    run.optimizer.zero_grad()
+    return max(distributed.gathered(min(found[1:])))  # the first one warms up
