@@ -2,20 +2,19 @@
 
 One run, variant beside variant, interleaved round by round, medians: evaluation (--mode eval) or the forward and
 backward pass of training (--mode train), in float32 and bf16.
-    reference     float32, the published code's order of operations, eager: what the golden numbers hold
+    reference     float32, the published code's order of operations, eager: what the golden numbers hold; on a CPU in a
+                  process of its own, whose memory is torch's default (hardware.keep_freed_memory)
     eager         as the commands run it
     compiled      by torch.compile
     folded        evaluation: without BatchNorm (fold.py), eager or compiled, whichever was faster here
     checkpointed  training: maps are computed again instead of being kept (memory.py)
     timm          a ViT-S/16 of timm, where that is installed: the yardstick of a plain ViT
-The floor is the time that the hardware needs at the least (floor.py). It imports model, fold, floor, memory and
-hardware.
+The floor is the time that the hardware needs at the least (floor.py). It imports model, fold, floor, memory, stopwatch
+and hardware.
 """
 
 import argparse
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -24,12 +23,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from refiner_min import UserError, hardware, model, run_command, write_json
 from refiner_min.floor import count, least_seconds, probes, step
 from refiner_min.fold import fold
 from refiner_min.memory import kept_bytes, recompute_maps, refinement_bytes
+from refiner_min.stopwatch import Elsewhere, measured, medians, peak
 
 MODELS = {name: getattr(model, f"refiner_vit_{name}") for name in ("ti", "s", "m", "l")}
 FORMATS = {"float32": "off", "bfloat16": "bf16"}  # torch's name, and what autocast is called by
@@ -37,32 +36,37 @@ YARDSTICK = "timm ViT-S/16"
 
 
 class Variant(NamedTuple):
-    """name: as above; compiled: by torch.compile; call(images) is what is measured."""
+    """name: as above; compiled: by torch.compile; call() is what is measured."""
 
     name: str
     dtype: str
     compiled: bool
-    call: Callable
+    call: Callable | Elsewhere
 
 
-def variants(build: Callable, training: bool, device: torch.device) -> list[Variant]:
-    """Of the model, in the order of the table."""
+def reference(build: Callable, images, training: bool) -> Callable:
+    """What is measured of it, ready to be called; in another process, on a CPU."""
     torch.manual_seed(0)
-    net = build().to(device).train(training)
-    used = deepcopy(net)
+    return partial(in_format, "float32", build().to(images.device).train(training), training, images)
+
+
+def variants(build: Callable, images, training: bool) -> list[Variant]:
+    """Of the model, but for the reference, in the order of the table."""
+    torch.manual_seed(0)
+    used, device = build().to(images.device).train(training), images.device
     hardware.set_up_training(used, device, "bf16")
-    found = [("reference", net, False), ("eager", used, False), ("compiled", used, True)]
+    found = [("eager", used, False), ("compiled", used, True)]
     if training:
         again = deepcopy(used)
         recompute_maps(again)
         found.append(("checkpointed", again, False))
     else:
         found += [("folded", fold(used), compiled) for compiled in (False, True)]
-    if (yardstick := plain_vit(net.config.img_size)) is not None:
+    if (yardstick := plain_vit(used.config.img_size)) is not None:
         found += [(YARDSTICK, yardstick.to(device).train(training), compiled) for compiled in (False, True)]
     return [Variant(name, dtype, compiled,
-                    partial(in_format, dtype, torch.compile(network) if compiled else network, training, device))
-            for name, network, compiled in found for dtype in FORMATS if (name, dtype) != ("reference", "bfloat16")]
+                    partial(in_format, dtype, torch.compile(network) if compiled else network, training, images))
+            for name, network, compiled in found for dtype in FORMATS]
 
 
 def plain_vit(img_size: int) -> nn.Module | None:
@@ -74,9 +78,9 @@ def plain_vit(img_size: int) -> nn.Module | None:
     return timm.create_model("vit_small_patch16_224", img_size=img_size)
 
 
-def in_format(dtype: str, network: nn.Module, training: bool, device: torch.device, images):
+def in_format(dtype: str, network: nn.Module, training: bool, images):
     """A step with the matrix products in that format."""
-    with hardware.exact_float32(), hardware.autocast(device, FORMATS[dtype]):
+    with hardware.exact_float32(), hardware.autocast(images.device, FORMATS[dtype]):
         step(network, training, images)
 
 
@@ -84,48 +88,30 @@ def in_format(dtype: str, network: nn.Module, training: bool, device: torch.devi
 # Measuring
 
 
-def seconds(calls: list[Callable], rounds: int, device: torch.device) -> list[float]:
-    """The median time of each call over the rounds, in each of which every one has its turn; two rounds warm up.
-    (torch.utils.benchmark's Timer would call everything three times for each of them.)"""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    found = [[] for _ in calls]
-    for _ in tqdm(range(rounds + 2), "measuring", unit="round", disable=None):
-        for times, call in zip(found, calls):
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            times.append(time.perf_counter() - started)
-    return [statistics.median(times[2:]) for times in found]
-
-
-def peak(call: Callable, device: torch.device) -> int:
-    """The most bytes that a call holds beyond what was held before it."""
-    hardware.restart_peak_memory(device)
-    before = hardware.peak_memory(device)
-    call()
-    return hardware.peak_memory(device) - before
-
-
 def measure(build: Callable, batch_size: int, training: bool, device: torch.device, rounds: int) -> list[dict]:
     """A row a variant, with the rates of a matrix product in its format and of a copy."""
     shape = (batch_size, 3, build().config.img_size, build().config.img_size)
-    images, measured, hard = torch.randn(shape, device=device), variants(build, training, device), probes(device)
-    calls = [partial(variant.call, images) for variant in measured]
-    times = seconds([*calls, *(call for call, _ in hard.values())], rounds, device)
+    images, hard = torch.randn(shape, device=device), probes(device)
+    words = reference, build, images, training
+    first = Elsewhere(*words) if device.type == "cpu" else reference(*words[1:])
+    compared = [Variant("reference", "float32", False, first), *variants(build, images, training)]
+    calls = [variant.call for variant in compared]
+    times = medians([*calls, *(call for call, _ in hard.values())], rounds, device)
     rates = {name: amount / taken for (name, (_, amount)), taken in zip(hard.items(), times[len(calls):])}
     counted = {name: count(partial(plain_vit, shape[2]) if name == YARDSTICK else build, shape, training)
-               for name in {variant.name for variant in measured}}
+               for name in {variant.name for variant in compared}}
     rows = {}
-    for variant, call, taken in zip(measured, calls, times):
+    for variant, call, taken in zip(compared, calls, times):
         dtype = getattr(torch, variant.dtype)
         row = {"variant": variant.name, "dtype": variant.dtype, "mode": "train" if training else "eval",
                "compiled": variant.compiled, "ms": 1000 * taken, "images_per_second": batch_size / taken,
-               "peak_bytes": peak(call, device), "gflops": counted[variant.name][0] / taken / 1e9,
+               "peak_bytes": measured(peak, call, device), "gflops": counted[variant.name][0] / taken / 1e9,
                "floor_share": least_seconds(counted[variant.name], dtype, rates) / taken,
                "matrix_gflops": rates[str(dtype)] / 1e9, "copy_gigabytes": rates["copy"] / 1e9}
         key = variant.name, variant.dtype
         rows[key] = min(rows.get(key, row), row, key=lambda row: row["ms"])  # of folded and timm the faster one
+    if isinstance(first, Elsewhere):
+        first.close()
     return list(rows.values())
 
 

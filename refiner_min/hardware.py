@@ -19,8 +19,8 @@ except ImportError:  # Windows
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU if there is one, of several processes a GPU each. UserError: it cannot be
-    used here, or holds no data, as "meta" does."""
+    """The device of that name, ready to be worked on; None: a GPU if there is one, of several processes a GPU each.
+    UserError: it cannot be used here, or holds no data, as "meta" does."""
     if distributed.launched() and name is not None and ":" in name:
         raise UserError(f"--device {name} would be that of every process: leave the number out, and each takes its own")
     if name in (None, "cuda") and torch.cuda.is_available():
@@ -30,9 +30,24 @@ def choose_device(name: str | None) -> torch.device:
         torch.ones(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if device.type == "cpu":
+            keep_freed_memory()
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def keep_freed_memory():
+    """From now on this process keeps what it frees, for what it asks for next; on Linux, where glibc is there.
+
+    By default glibc gives every large piece back to the system and gets the next one page by page, each cleared: with
+    the maps of S at 224 px, in float32 on two cores, more than half the time of a training step. It may hold a tenth more
+    than it would: 4.6 GB in the place of 4.2, for a batch of 8.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if option is not None:
+        option(-4, 0)  # M_MMAP_MAX: no piece is mapped on its own
+        option(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def hardware_amp(device: torch.device) -> str:

@@ -34,22 +34,6 @@ def test_every_variant_has_its_row(mode, last, tmp_path, capsys):
     assert "matrix product in bfloat16" in said and "copy: " in said
 
 
-def test_medians_are_over_the_rounds_after_the_warm_up():
-    turns = []
-    found = bench.seconds([lambda: turns.append("a"), lambda: turns.append("b")], 3, torch.device("cpu"))
-    assert turns == ["a", "b"] * 5 and len(found) == 2 and all(time > 0 for time in found)
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a CPU on Linux is meant")
-def test_the_peak_is_that_of_one_call_not_of_those_before():
-    def hold(megabytes):
-        return lambda: torch.ones(megabytes * 2**18)
-
-    device = torch.device("cpu")
-    assert bench.peak(hold(200), device) == pytest.approx(200 * 2**20, rel=0.05)
-    assert bench.peak(hold(50), device) == pytest.approx(50 * 2**20, rel=0.1)
-
-
 def test_the_memory_of_the_maps_is_that_of_the_formula(monkeypatch):
     monkeypatch.setattr(bench.itertools, "product", lambda *_: [("s", 64), ("m", 96), ("l", 128)])
     for line in bench.map_memory(torch.device("cpu")).splitlines()[1:]:

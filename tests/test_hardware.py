@@ -1,6 +1,8 @@
 """hardware.py: the device that is asked for, its number format, and the cores that may be used."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,24 @@ def test_a_device_that_is_not_there():
         with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
             hardware.choose_device(name)
     assert hardware.choose_device("cpu") == CPU
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux and glibc")
+def test_a_cpu_keeps_the_memory_that_it_frees():
+    """In a process of its own: once 200 MB were used a few times, the same again bring no pages of the system's."""
+    code = """
+import resource, sys, torch
+from refiner_min import hardware
+if sys.argv[1] == "kept":
+    hardware.choose_device("cpu")
+for turn in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, default = (int(subprocess.run([sys.executable, "-c", code, word], check=True, capture_output=True).stdout)
+                     for word in ("kept", "default"))
+    assert kept < 100 < default
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -1,0 +1,41 @@
+"""stopwatch.py: turn by turn, medians without the warm-up, the peak of one call, a call in another process."""
+
+import os
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from refiner_min import stopwatch
+from refiner_min.stopwatch import Elsewhere, duration, measured, medians, peak
+
+CPU = torch.device("cpu")
+
+
+def test_medians_are_over_the_rounds_after_the_warm_up(monkeypatch):
+    turns, seconds = [], {"a": iter([9, 9, 3, 1, 2]), "b": iter([9, 9, 6, 5, 4])}
+    monkeypatch.setattr(stopwatch, "duration", lambda name, device: (turns.append(name), next(seconds[name]))[1])
+    assert medians(["a", "b"], 3, CPU) == [2, 5] and turns == ["a", "b"] * 5
+
+
+def test_a_duration_is_that_of_the_call():
+    assert 0.1 <= duration(partial(time.sleep, 0.1), CPU) < 0.5
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a CPU on Linux is meant")
+def test_the_peak_is_that_of_one_call_not_of_those_before():
+    for megabytes in (200, 50):
+        held = peak(partial(torch.ones, megabytes * 2**18), CPU)
+        assert held == pytest.approx(megabytes * 2**20, rel=0.1)
+
+
+def process_of(call, device):
+    return os.getpid(), call()
+
+
+def test_elsewhere_is_another_process_and_always_the_same():
+    call = Elsewhere(partial, max, 3, 5)
+    (one, three), (two, _), (here, _) = (measured(process_of, made, CPU) for made in (call, call, partial(max, 3, 5)))
+    call.close()
+    assert one == two != here == os.getpid() and three == 5
