@@ -40,9 +40,9 @@ def choose_device(name: str | None) -> torch.device:
 def keep_freed_memory():
     """From now on this process keeps what it frees, for what it asks for next; on Linux, where glibc is there.
 
-    By default glibc gives every large piece back to the system and gets the next one page by page, each cleared: with
-    the maps of S at 224 px, in float32 on two cores, more than half the time of a training step. It may hold a tenth more
-    than it would: 4.6 GB in the place of 4.2, for a batch of 8.
+    By default glibc gives every large piece back to the system and gets the next one page by page, each cleared: more
+    than half the time of a training step of S at 224 px, in float32 on two cores. The process may hold more than it
+    would so: 4.6 GB in the place of 4.2 for a batch of 8.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if option is not None:
