@@ -72,7 +72,7 @@ class Recipe:
     clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0, 10**6, above=1e-6)
     sync_bn: bool = option(False, "BatchNorm counts over all processes together; not as published")
     seed: int = option(0, "of the weights, the order and the augmentation", 0, 2**32 - 1)
-    amp: str = option("auto", "number format of the matrix products; auto: bf16 where the hardware has it",
+    amp: str = option("auto", "number format of the matrix products; auto: bf16 where it is faster",
                       choices=("auto", "bf16", "fp16", "off"))
 
     def check(self):

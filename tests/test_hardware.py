@@ -55,11 +55,23 @@ def test_autocast(amp, dtype):
     assert found == (dtype or torch.float32)
 
 
-@pytest.mark.parametrize("capabilities, amp", [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"),
-                                               ({"avx2": True}, "off")], ids=str)
-def test_bf16_where_the_processor_has_it(capabilities, amp, monkeypatch):
+@pytest.mark.parametrize("capabilities, seconds, amp", [
+    ({"amx_bf16": True}, (1, 9), "bf16"), ({"avx512_bf16": True}, (1, 4), "bf16"),
+    ({"avx512_bf16": True}, (2, 1), "off"), ({"avx2": True}, None, "off")], ids=str)
+def test_bf16_where_the_processor_is_faster_in_it(capabilities, seconds, amp, monkeypatch):
+    """What has no instructions for it is not even tried."""
+    class Clock:
+        def __init__(self, statement, globals, num_threads):
+            self.mean = seconds[globals["a"].dtype == torch.float32]
+
+        def timeit(self, number):
+            return self
+
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(hardware, "Timer", Clock)
+    hardware.bf16_pays.cache_clear()
     assert hardware.hardware_amp(CPU) == amp
+    hardware.bf16_pays.cache_clear()
 
 
 def test_the_device_is_described_for_people():
