@@ -173,12 +173,13 @@ def main(arguments=None) -> int:
     except ValueError as error:
         raise UserError(f"--img-size {args.img_size}: {error}") from None
     batch_size = args.batch_size or (128 if device.type == "cuda" else 8)
-    print(f"{args.model}, {args.img_size} px, batch {batch_size}, {args.mode}, {hardware.describe(device)}, "
-          f"torch {torch.__version__}", flush=True)
+    origin = {"model": args.model, "img_size": args.img_size, "batch_size": batch_size, "rounds": args.rounds,
+              "hardware": hardware.describe(device), "torch": torch.__version__}
+    print(", ".join(f"{name} {value}" for name, value in origin.items()), flush=True)
     rows = measure(build, batch_size, args.mode == "train", device, args.rounds)
     print(table(rows))
     if args.json:
-        write_json(Path(args.json), rows)
+        write_json(Path(args.json), [row | origin for row in rows])
     return 0
 
 

@@ -9,7 +9,7 @@ from refiner_min import UserError, bench
 from refiner_min.bench import FORMATS
 
 SMALL = ["--model", "ti", "--img-size", "16", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
-KEYS = {"variant", "dtype", "mode", "ms", "images_per_second", "peak_bytes", "floor_share"}
+KEYS = {"variant", "dtype", "mode", "ms", "images_per_second", "peak_bytes", "floor_share", "model", "hardware"}
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from refiner_min import __version__
+from refiner_min import __version__, bench
 from tests.mutations import astray
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "notebooks" / "results"
 TABLES = (RESULTS / "README.md").read_text()
-RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(("annotate", "neighbour", "study")))
+OTHERS = ("annotate", "bench", "neighbour", "study")  # which are recorded, and are no runs of train
+RUNS = sorted(path for path in RESULTS.glob("*.json") if not path.stem.startswith(OTHERS))
 SCENES = {"digit-scenes-cpu-tokens": "each its own digit", "digit-scenes-cpu-pictures": "all the picture's class",
           "digit-scenes-cpu-class": "none: class token only"}
 COMMANDS = {"train", "annotate", "explain", "prepare", "bench", "study"}
@@ -207,21 +208,6 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation} %"
 
 
-@pytest.mark.parametrize("pattern, row", [
-    ("digits-cpu-seed*", "digits, 32 px"),
-    ("digit-scenes-cpu-tokens-seed*", "digit scenes, 32 px, each patch its label"),
-    ("imagenette-64px-cpu-plain", "Imagenette, 64 px, 12 epochs, plain ViT"),
-    ("imagenette-64px-cpu-refined", "Imagenette, 64 px, 12 epochs, refined"),
-    ("imagenette-64px-cpu-relabel", "Imagenette, 64 px, 12 epochs, refined, token labels"),
-])
-def test_the_readme_keeps_to_the_recorded_runs(pattern, row):
-    records = [json.loads(path.read_text()) for path in RESULTS.glob(f"{pattern}.json")]
-    [parameters] = {record["parameters"] for record in records}
-    minutes = statistics.mean(record["result"]["training_minutes"] for record in records)
-    accuracy = spread([record["result"]["accuracy"] for record in records])
-    assert f"| {row} | {len(records)} | {parameters:,} | {accuracy} | {minutes:.1f} |" in README
-
-
 def test_the_readme_keeps_to_the_study():
     found = {}
     for name in ("plain", "refined"):
@@ -234,6 +220,17 @@ def test_the_readme_keeps_to_the_study():
     pairs = [100 * (refined - plain) for plain, refined in zip(found["plain"], found["refined"], strict=True)]
     error = statistics.stdev(pairs) / len(pairs) ** 0.5
     assert f"with 12 blocks +{statistics.mean(pairs):.1f} ± {error:.1f} points" in README
+
+
+@pytest.mark.parametrize("mode, row, columns", [
+    ("eval", "evaluation", ("reference", "eager", "compiled", "folded", bench.YARDSTICK)),
+    ("train", "training step", ("reference", "eager", "compiled", None, bench.YARDSTICK))])
+def test_the_readme_keeps_to_the_measured_speed(mode, row, columns):
+    rows = json.loads((RESULTS / f"bench-s-224px-{mode}.json").read_text())
+    assert all((row["model"], row["img_size"], row["batch_size"]) == ("s", 224, 8) for row in rows)
+    cells = {(row["variant"], row["dtype"]): f"{row['ms']:.0f} ({100 * row['floor_share']:.0f} %)" for row in rows}
+    for dtype, name in (("float32", "float32"), ("bfloat16", "bf16")):
+        assert f"| {row}, {name} | {' | '.join(cells.get((column, dtype), '-') for column in columns)} |" in README
 
 
 def test_what_to_expect_keeps_to_the_recorded_runs():

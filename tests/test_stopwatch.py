@@ -1,6 +1,7 @@
 """stopwatch.py: turn by turn, medians without the warm-up, the peak of one call, a call in another process."""
 
 import os
+import sys
 import time
 from functools import partial
 
@@ -28,6 +29,14 @@ def test_the_peak_is_that_of_one_call_not_of_those_before():
     for megabytes in (200, 50):
         held = peak(partial(torch.ones, megabytes * 2**18), CPU)
         assert held == pytest.approx(megabytes * 2**20, rel=0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be counted anew")
+def test_the_peak_elsewhere_is_not_that_of_the_process_that_started_it():
+    large = torch.ones(400 * 2**18)
+    call = Elsewhere(partial, torch.ones, 50 * 2**18)
+    assert measured(peak, call, CPU) == pytest.approx(50 * 2**20, rel=0.1) and len(large)
+    call.close()
 
 
 def process_of(call, device):
