@@ -60,15 +60,8 @@ def test_autocast(amp, dtype):
     ({"avx512_bf16": True}, (2, 1), "off"), ({"avx2": True}, None, "off")], ids=str)
 def test_bf16_where_the_processor_is_faster_in_it(capabilities, seconds, amp, monkeypatch):
     """What has no instructions for it is not even tried."""
-    class Clock:
-        def __init__(self, statement, globals, num_threads):
-            self.mean = seconds[globals["a"].dtype == torch.float32]
-
-        def timeit(self, number):
-            return self
-
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(hardware, "Timer", Clock)
+    monkeypatch.setattr(hardware, "product_seconds", lambda dtype: seconds[dtype == torch.float32])
     hardware.bf16_pays.cache_clear()
     assert hardware.hardware_amp(CPU) == amp
     hardware.bf16_pays.cache_clear()
@@ -76,6 +69,10 @@ def test_bf16_where_the_processor_is_faster_in_it(capabilities, seconds, amp, mo
 
 def test_the_device_is_described_for_people():
     assert f"{torch.get_num_threads()} threads" in hardware.describe(CPU)
+
+
+def test_a_product_takes_some_time():
+    assert all(0 < hardware.product_seconds(dtype) < 10 for dtype in (torch.bfloat16, torch.float32))
 
 
 @pytest.mark.parametrize("cores, processes, workers", [(2, None, 2), (64, None, 16), (64, 8, 8), (4, 8, 1)])
