@@ -71,7 +71,7 @@ def bf16_pays() -> bool:
 
 
 def product_seconds(dtype: torch.dtype) -> float:
-    """The time of a matrix product on the CPU at its fastest. (torch.utils.benchmark, imported without a GPU, warns.)"""
+    """The time of a matrix product on the CPU at its fastest. (Without a GPU torch.utils.benchmark warns.)"""
     matrix, found = torch.ones(1024, 1024, dtype=dtype), []
     for _ in range(8):
         started = time.perf_counter()

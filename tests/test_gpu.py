@@ -42,7 +42,8 @@ def command(kind: str, pictures, labels, *flags) -> list[str]:
              "scenes": ["--subset", "digit-scenes", "--batch-size", "500"],
              "decoded": folder, "decoded, maps": [*folder, *maps, "--turn", "10", "--crop-max", "1.5"],
              "streamed": [*folder, *streamed], "streamed, maps": [*folder, *streamed, *maps]}
-    return [*kinds[kind], "--epochs", "2", "--lr", "1e-3", "--out", "run", "--device", "cuda", *flags]
+    return [*kinds[kind], "--epochs", "2", "--lr", "1e-3", "--out", "run", "--device", "cuda", "--no-compile",
+            *flags]
 
 
 KINDS = "digits", "scenes", "decoded", "decoded, maps", "streamed", "streamed, maps"
