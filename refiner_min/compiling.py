@@ -13,18 +13,20 @@ from refiner_min import distributed, hardware
 from refiner_min.floor import step
 from refiner_min.memory import statistics_kept
 
+MANY = 400  # steps ahead: the four that are timed are a hundredth of them
 LONG = 30 * 60  # seconds of training ahead, from which on a trial costs a twentieth at the most
 FASTER = 1.1  # so many times as fast the compiled network must be to be kept: less may be noise
 
 
 def settled(run, wanted: bool | None):
-    """An engine.Run, its network compiled if that is wanted and can be done; None: if the run is LONG and it is FASTER.
-    Says what came of it. The run's numbers begin as they would have; of several processes all agree."""
-    if wanted is False or run.checkpoint_maps:
+    """An engine.Run, its network compiled if that is wanted and can be done; None: if the run has MANY steps, is LONG,
+    and it is FASTER. Says what came of it. The run's numbers begin as they would have; of several processes all agree.
+    """
+    steps = (run.recipe.epochs * run.steps_per_epoch - run.step) * run.accumulate
+    if wanted is False or run.checkpoint_maps or (wanted is None and steps < MANY):
         return run
-    eager = None if wanted else step_seconds(run)
-    steps = run.recipe.epochs * run.steps_per_epoch - run.step
-    if eager is not None and eager * run.accumulate * steps < LONG:
+    eager = None if wanted else max(distributed.gathered(step_seconds(run)))
+    if eager is not None and eager * steps < LONG:
         return run
     if eager is not None:
         say("a long run: trying whether torch.compile makes it faster takes a minute or two")
@@ -39,16 +41,18 @@ def settled(run, wanted: bool | None):
     return run
 
 
-def compile_network(run) -> tuple[float | None, str | None]:
-    """The seconds of a step of the run with its network compiled, or why that cannot be done."""
+def compile_network(run) -> tuple[float, str | None]:
+    """The seconds of a step of the run with its network compiled, or why that cannot be done, of all processes."""
+    seconds, problem = 0.0, None
     try:
         run.wrapped = torch.compile(run.wrapped)
-        seconds, problem = step_seconds(run), None
+        seconds = step_seconds(run)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # all that torch.compile fails with, be it for want of a compiler
-        seconds, problem = None, str(error).strip().splitlines()[0]
-    return seconds, next(filter(None, distributed.gathered(problem)), None)
+        problem = str(error).strip().splitlines()[0]
+    seconds, problems = zip(*distributed.gathered((seconds, problem)))
+    return max(seconds), next(filter(None, problems), None)
 
 
 def say(text: str):
@@ -57,8 +61,8 @@ def say(text: str):
 
 
 def step_seconds(run) -> float:
-    """The time of a forward and backward pass of the run's network on noise, at its fastest in the slowest process.
-    Nothing of the run changes."""
+    """The time of a forward and backward pass of the run's network on noise, at its fastest. Nothing of the run
+    changes."""
     config, found = run.model.config, []
     images = torch.randn(run.local_batch, config.in_channels, config.img_size, config.img_size, device=run.device)
     run.wrapped.train()
@@ -71,4 +75,4 @@ def step_seconds(run) -> float:
                 torch.cuda.synchronize(run.device)
             found.append(time.perf_counter() - started)
     run.optimizer.zero_grad()
-    return max(distributed.gathered(min(found[1:])))  # the first one warms up
+    return min(found[1:])  # the first one warms up

@@ -26,8 +26,11 @@ def long_run(pictures, *flags):
 
 
 def test_a_short_run_is_not_tried(pictures, timed, capsys):
-    run = run_of(pictures)
-    assert not run.compiled and run.wrapped is run.model and "compile" not in capsys.readouterr().out
+    timed[False] = 1e9
+    few = str(compiling.MANY // 2 - 1)  # epochs of two steps
+    for run in (run_of(pictures), run_of(pictures, "--epochs", few)):
+        assert not run.compiled and run.wrapped is run.model
+    assert "compile" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("faster, compiled", [(1.09, False), (1.11, True)])
@@ -68,6 +71,7 @@ def test_a_trial_leaves_no_trace(pictures, monkeypatch):
     """The same run to the last digit as one that was not tried; with every source of chance, and with statistics."""
     flags = ["--cutmix", "1", "--drop-path", "0.2", "--ema", "0.9"]
     assert train.main(small(pictures, "--out", "one", "--no-compile", *flags)) == 0
+    monkeypatch.setattr(compiling, "MANY", 0)
     monkeypatch.setattr(compiling, "LONG", 0)
     monkeypatch.setattr(compiling, "FASTER", 1e9)
     monkeypatch.setattr(torch, "compile", lambda network, compile=torch.compile: compile(network, backend="eager"))
