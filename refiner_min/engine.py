@@ -49,7 +49,7 @@ class Run:
         self.model = net.to(device)
         self.settings = hardware.set_up_training(self.model, device, recipe.amp)
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
-        self.compiled, self.checkpoint_maps = False, checkpoint_maps  # compiled: the wrapped one, by compiling.settle
+        self.compiled, self.checkpoint_maps = False, checkpoint_maps  # compiled: the wrapped one, by compiling.settled
         self.ema = deepcopy(self.model).eval() if recipe.ema else None
         if checkpoint_maps:
             recompute_maps(self.model)
