@@ -1,17 +1,18 @@
 """Whether a run's network is compiled by torch.compile: what is asked for, or what a trial finds faster.
 
-Compiling takes a minute or two and pays on some machines, for some models: S in float32 takes half the time on two
-cores, a small plain ViT three quarters, a small refined one as long as before. So a run that says nothing tries it.
-It imports floor, memory, hardware and distributed.
+Compiling takes a minute or two and pays on some machines, for some models; on two cores of a Xeon S gained nothing by
+it (notebooks/results/bench-s-224px-train.json). So a long run that says nothing tries it.
+It imports floor, memory, stopwatch, hardware and distributed.
 """
 
-import time
+from functools import partial
 
 import torch
 
 from refiner_min import distributed, hardware
 from refiner_min.floor import step
 from refiner_min.memory import statistics_kept
+from refiner_min.stopwatch import duration
 
 MANY = 400  # steps ahead: the four that are timed are a hundredth of them
 LONG = 30 * 60  # seconds of training ahead, from which on a trial costs a twentieth at the most
@@ -63,16 +64,10 @@ def say(text: str):
 def step_seconds(run) -> float:
     """The time of a forward and backward pass of the run's network on noise, at its fastest. Nothing of the run
     changes."""
-    config, found = run.model.config, []
+    config = run.model.config
     images = torch.randn(run.local_batch, config.in_channels, config.img_size, config.img_size, device=run.device)
     run.wrapped.train()
-    with statistics_kept(run.model):
-        for _ in range(4):
-            started = time.perf_counter()
-            with hardware.autocast(run.device, run.recipe.amp):
-                step(run.wrapped, True, images)
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-            found.append(time.perf_counter() - started)
+    with statistics_kept(run.model), hardware.autocast(run.device, run.recipe.amp):
+        found = [duration(partial(step, run.wrapped, True, images), run.device) for _ in range(4)]
     run.optimizer.zero_grad()
     return min(found[1:])  # the first one warms up

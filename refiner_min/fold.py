@@ -3,7 +3,7 @@
 In evaluation a BatchNorm is a scale and a shift, both known. Those of the stem, the expansion, the local convolution
 and the reduction go into the weights before them; the one after the skip scales and shifts both of its arms. What is
 left computes the same numbers with less traffic through memory, compiles, and exports. Its convolutions have their
-channels last in memory: on two cores of a Xeon S takes 0.83 s for a batch of 8 in the place of 1.44. It imports model.
+channels last in memory, which is faster in evaluation. It imports model.
 """
 
 from copy import deepcopy

@@ -288,7 +288,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
     ("accuracy of tokens without a label counted", "evaluation", "(right & labelled).sum()", "right.sum()"),
     ("evaluation with TF32", "evaluation", "hardware.exact_float32(), hardware", "hardware"),
     ("the reported accuracy in bf16", "engine", '"off" if net is None', '"off" if net is not None', "evaluation"),
-    ("a trial's pictures counted by BatchNorm", "compiling", "with statistics_kept(run.model):", "if True:"),
+    ("a trial's pictures counted by BatchNorm", "compiling", "statistics_kept(run.model), hardware", "hardware"),
     ("compiled for nothing", "compiling", "FASTER * seconds <= eager", "seconds <= eager"),
     ("a short run tried", "compiling", "wanted is None and steps < MANY", "False"),
     ("a run that is not long tried", "compiling", "eager * steps < LONG", "eager * steps < 0"),
