@@ -120,10 +120,16 @@ class Run:
         step, history, total = state["step"], state["history"], self.recipe.epochs * self.steps_per_epoch
         if not 0 <= state["scheduler"]["last_epoch"] <= step <= total:
             raise ValueError(f"it is at step {step} of {total}")
-        if len(history) != step // self.steps_per_epoch or any(row.keys() != history[0].keys() for row in history):
-            raise ValueError(f"its history is not that of {step // self.steps_per_epoch} epochs")
+        epochs = step // self.steps_per_epoch
+        if len(history) != self.validations(epochs) or any(row.keys() != history[0].keys() for row in history):
+            raise ValueError(f"its history is not that of {epochs} epochs")
         for row in history:
             check_fields(row, {name: float for name in records.ROW}, records.ROW)
+
+    def validations(self, epochs: int) -> int:
+        """How many there are in so many epochs from the start."""
+        whole, rest = divmod(epochs, self.recipe.validate_every)
+        return whole + (rest > 0 and epochs == self.recipe.epochs)
 
     def numbered_parameters(self):
         """The parameters, by the numbers that the optimizer's state gives them."""
@@ -278,21 +284,25 @@ def fit(run: Run, go_on: str, save_every: float, log: records.StepLog) -> int:
             loss = run.count_up()
             if run.epoch == epoch:  # stopped on the way
                 return stopped(run, stop, clock, go_on)
-            finish_epoch(run, loss, clock)
-            log.show(run.history[-1])
+            if run.validations(run.epoch) > len(run.history):
+                validate(run, loss)
+                log.show(run.history[-1])
+            run.save(clock)
             if run.step < total and stop.agreed():
                 return stopped(run, stop, clock, go_on)
     return 0
 
 
-def finish_epoch(run: Run, loss: float, clock: SaveClock):
-    """Evaluate, and save what the epoch came to. UserError, and nothing saved, if the weights are not finite."""
+def validate(run: Run, loss: float):
+    """Evaluate, and note what the epochs since the last time came to. loss: their mean training loss. UserError, and
+    nothing noted, if the weights are not finite."""
     score = run.evaluate()
     if not math.isfinite(score.loss):
         raise UserError(f"the validation loss was not finite after epoch {run.epoch}; {LOSS_HINT}")
+    steps = run.step - (run.history[-1]["step"] if run.history else 0)
     row = {"epoch": run.epoch, "step": run.step, "lr": run.scheduler.get_last_lr()[0], "train_loss": loss,
            "val_loss": score.loss, "val_accuracy": score.accuracy, "seconds": round(run.seconds, 1),
-           "images_per_second": round(run.steps_per_epoch * run.recipe.batch_size / run.seconds, 1)}
+           "images_per_second": round(steps * run.recipe.batch_size / run.seconds, 1)}
     if score.token_accuracy is not None:
         row["val_token_accuracy"] = score.token_accuracy
     if run.ema is not None:
@@ -305,7 +315,6 @@ def finish_epoch(run: Run, loss: float, clock: SaveClock):
             kind = "model" if run.ema is None else "ema"
             checkpoint.save({**run.origin(), kind: run.best_model.state_dict(), "row": row}, run.out / "best.pt")
         records.write_history(run.out, run.history, run.title)
-    run.save(clock)
 
 
 def stopped(run: Run, stop: StopRequest, clock: SaveClock, go_on: str) -> int:

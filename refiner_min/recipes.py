@@ -71,6 +71,8 @@ class Recipe:
                              "not on val/: to choose recipes by", 0, 0.5)
     clip_grad: float = option(0.0, "largest norm of all gradients together; 0, as published: any", 0, 10**6, above=1e-6)
     sync_bn: bool = option(False, "BatchNorm counts over all processes together; not as published")
+    validate_every: int = option(1, "epochs from one validation to the next; one always follows the last epoch", 1,
+                                 10**6)
     seed: int = option(0, "of the weights, the order and the augmentation", 0, 2**32 - 1)
     amp: str = option("auto", "number format of the matrix products; auto: bf16 where it is faster",
                       choices=("auto", "bf16", "fp16", "off"))

@@ -46,6 +46,7 @@ TABLES = [
     Table("depth24", "Imagenette, 64 px, depth 24, dim 128", rows("imagenette-depth24", "plain refined")),
     Table("recipe", "Which recipe for many epochs: Imagenette, 64 px, 40 epochs, on a tenth of the training pictures",
           rows("recipe", "preset cutmix mixing strong fast"), ("preset",)),
+    Table("headline", "The small model from scratch: Imagenette, 64 px, 50 epochs", rows("headline", "plain refined")),
     Table("128px", "Imagenette, 128 px, on a GPU",
           rows("imagenette-128px", "plain refined expansion convolution every-block linear")),
 ]

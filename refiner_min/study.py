@@ -69,15 +69,18 @@ def experiments(prefix: str, flags: str, minutes: dict[str, float], parts=PARTS)
 
 
 DEEP = f"{IMAGENETTE} --depth 12"
+LONG = f"{IMAGENETTE} --ema 0.998 --warmup-epochs 3 --validate-every 5"
 GROUPS = [
     Group("does a deep model learn more with its maps refined?",
           experiments("imagenette-depth12", DEEP, {"plain": 13, "refined": 18}), seeds=3),
     Group("which recipe for many epochs? Chosen on a tenth of the training pictures, held out, not on val/",
-          experiments("recipe", f"{IMAGENETTE} --hold-out 0.1 --epochs 40 --ema 0.998 --warmup-epochs 3",
+          experiments("recipe", f"{LONG} --hold-out 0.1 --epochs 40",
                       dict.fromkeys(("preset", "cutmix", "mixing", "strong", "fast"), 30),
                       {"preset": "", "cutmix": "--cutmix 1", "mixing": "--mixup 0.8 --cutmix 1",
                        "strong": "--mixup 0.8 --cutmix 1 --drop-path 0.1 --crop-min 0.2 --colour 0.4 --erasing 0.25",
                        "fast": "--cutmix 1 --lr 2e-3"}), seeds=1),
+    Group("how far does a small model get from scratch, refined and plain? Its weights come with the package",
+          experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 65, "plain": 50}), seeds=1),
     Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time",
           experiments("imagenette-depth6", IMAGENETTE, {"plain": 8, "refined": 9, "deeper": 9, "expansion": 9,
                                                         "convolution": 9, "every-block": 11, "linear": 11},

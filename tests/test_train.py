@@ -483,7 +483,7 @@ def test_killed_between_the_last_step_of_an_epoch_and_its_evaluation(pictures, m
         raise SystemExit("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "finish_epoch", killed)
+        patch.setattr(engine, "validate", killed)
         with pytest.raises(SystemExit):
             train.main(small(pictures, "--out", "killed", "--save-every", "1e-9"))
     assert train.main(["--resume", "killed", "--device", "cpu"]) == 0
