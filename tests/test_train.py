@@ -476,6 +476,26 @@ def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
         train.main(small(pictures, "--out", "big", "--eval"))
 
 
+def test_validated_every_few_epochs_and_after_the_last(pictures, monkeypatch):
+    """The same weights; a row stands for the epochs since the row before, also of a run that was stopped between."""
+    flags = ("--epochs", "5", "--ema", "0.9")
+    assert train.main(small(pictures, *flags, "--out", "each")) == 0
+    assert train.main(small(pictures, *flags, "--out", "some", "--validate-every", "2")) == 0
+    each, some = rows_of("each"), rows_of("some")
+    assert [row["epoch"] for row in some] == ["2", "4", "5"]
+    for row in some:
+        same = each[int(row["epoch"]) - 1]
+        assert all(row[name] == same[name] for name in ("step", "lr", "val_loss", "val_accuracy", "val_accuracy_raw"))
+    means = [float(row["train_loss"]) for row in each]
+    assert [float(row["train_loss"]) for row in some] == pytest.approx(
+        [sum(means[:2]) / 2, sum(means[2:4]) / 2, means[4]])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2 * 3 - 1)  # in the third epoch
+        assert train.main(small(pictures, *flags, "--out", "stopped", "--validate-every", "2")) == 128 + signal.SIGTERM
+    assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0
+    assert_same_runs("some", "stopped")
+
+
 def test_killed_between_the_last_step_of_an_epoch_and_its_evaluation(pictures, monkeypatch):
     assert train.main(small(pictures, "--out", "whole")) == 0
 
