@@ -67,8 +67,7 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
     photo.axis("off")
     chances.barh(range(len(names)), [100 * value for value in probabilities], color=BLUE)
     chances.set_yticks(range(len(names)), names)
-    chances.invert_yaxis()
-    chances.set(xlabel="probability (%)", xlim=(0, 100))
+    chances.set(xlabel="probability (%)", xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))  # the likeliest above
     chances.spines[["top", "right"]].set_visible(False)
     grid = right.subplots(len(maps), len(stages), squeeze=False)
     for row, (block, found) in zip(grid, maps.items()):
@@ -86,11 +85,29 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
 
 
 def _overlay(axes, image, attention):
-    """An attention map (grid, grid) over its picture in grey."""
-    size = len(image)
-    smooth = F.interpolate(attention[None, None], (size, size), mode="bilinear")[0, 0]
+    """An attention map (grid, grid) over its picture in grey; one with negative entries in two colours, around zero."""
+    smooth = F.interpolate(attention[None, None], image.shape[:2], mode="bilinear")[0, 0]
+    signed, top = bool(attention.min() < 0), attention.abs().max().item()
     axes.imshow(image if image.ndim == 2 else image.mean(-1), cmap="gray", vmin=0, vmax=1)
-    axes.imshow(smooth.numpy(), cmap="magma", alpha=0.65)
+    axes.imshow(smooth.numpy(), alpha=0.65, **dict(cmap="PuOr", vmin=-top, vmax=top) if signed else dict(cmap="magma"))
+
+
+def looks_over(image, looks: dict[str, list], place: tuple[int, int] | None = None) -> Figure:
+    """Maps over their picture (3, S, S) from -1 to 1, which comes first: {name: maps (grid, grid)}, a row a name, each
+    map on its own scale. place: (row, column) of a patch that is marked."""
+    columns = 1 + max(map(len, looks.values()))
+    figure, grid = _grid(columns * len(looks), columns, 0.95)
+    image = (image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()  # (S, S, 3)
+    grid[0].imshow(image)
+    for row, (name, maps) in enumerate(looks.items()):
+        places = grid[row * columns:][:1 + len(maps)]
+        places[1].set_title(name, fontsize="small", loc="left")
+        for axes, attention in zip(places[1:], maps):
+            _overlay(axes, image, attention)
+        side = len(image) // len(maps[0])
+        for axes in places[row > 0:] if place else []:
+            axes.add_patch(Rectangle((place[1] * side, place[0] * side), side, side, fill=False, edgecolor=BLUE))
+    return figure
 
 
 def label_maps(pictures: list, labels, names: list[str], titles: list[str]) -> Figure:

@@ -68,6 +68,7 @@ def experiments(prefix: str, flags: str, minutes: dict[str, float], parts=PARTS)
             for name, expected in minutes.items()]
 
 
+SHORT = f"{IMAGENETTE} --validate-every 4"
 DEEP = f"{IMAGENETTE} --depth 12"
 LONG = f"{IMAGENETTE} --ema 0.998 --warmup-epochs 3 --validate-every 5"
 GROUPS = [
@@ -82,7 +83,7 @@ GROUPS = [
     Group("how far does a small model get from scratch, refined and plain? Its weights come with the package",
           experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 65, "plain": 50}), seeds=1),
     Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time",
-          experiments("imagenette-depth6", IMAGENETTE, {"plain": 8, "refined": 9, "deeper": 9, "expansion": 9,
+          experiments("imagenette-depth6", SHORT, {"plain": 8, "refined": 9, "deeper": 9, "expansion": 9,
                                                         "convolution": 9, "every-block": 11, "linear": 11},
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=3),
     Group("which part does it, at depth 12; sharing: maps shared in pairs, not refined",
@@ -95,15 +96,16 @@ GROUPS = [
     Group("the mechanism alone: what one refined block does, and how many plain ones it takes",
           [Experiment("neighbour", "", 15, command="neighbour")], seeds=1),
     Group("what token labels add: a token head that learns the picture's label, then label maps, then MixToken",
-          experiments("imagenette-tokens", IMAGENETTE, {"picture": 9, "maps": 9, "mixtoken": 9},
+          experiments("imagenette-tokens", SHORT, {"picture": 9, "maps": 9, "mixtoken": 9},
                       {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
                        "mixtoken": f"--relabel {LABELS} --mix-token"}), seeds=3),
     Group("with fewer or more heads?",
           [experiment for heads in (2, 8) for experiment in
-           experiments(f"imagenette-depth12-heads{heads}", f"{DEEP} --heads {heads}", {"plain": 14, "refined": 19})],
+           experiments(f"imagenette-depth12-heads{heads}", f"{SHORT} --depth 12 --heads {heads}",
+                       {"plain": 14, "refined": 19})],
           seeds=1),
     Group("deeper still, at a smaller width?",
-          experiments("imagenette-depth24", f"{IMAGENETTE} --depth 24 --dim 128", {"plain": 20, "refined": 30}),
+          experiments("imagenette-depth24", f"{SHORT} --depth 24 --dim 128", {"plain": 20, "refined": 30}),
           seeds=1),
     Group("the parts at 128 px, on a GPU",
           experiments("imagenette-128px", IMAGENETTE, dict.fromkeys(PARTS, 10)), seeds=3, device="cuda"),

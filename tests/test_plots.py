@@ -195,6 +195,24 @@ def test_explanation():
                                atol=0.1, rtol=0)
 
 
+def test_looks_over_shows_each_map_over_the_picture_and_marks_the_patch():
+    image, raw = torch.rand(3, 16, 16) * 2 - 1, [torch.rand(4, 4), torch.rand(4, 4)]
+    refined = [torch.rand(4, 4) - 0.7, torch.rand(4, 4), torch.rand(4, 4)]
+    figure = plots.looks_over(image, {"raw": raw, "refined": refined}, place=(1, 2))
+    picture, *first, _, empty, a, b, c = figure.axes
+    assert torch.allclose(torch.tensor(picture.images[0].get_array().data), image.permute(1, 2, 0) / 2 + 0.5)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["", "raw", "", "", "", "refined", "", ""]
+    for axes, values in zip([*first, a, b, c], raw + refined):
+        photo, shown = axes.images
+        smooth = torch.nn.functional.interpolate(values[None, None], (16, 16), mode="bilinear")[0, 0]
+        assert torch.equal(torch.tensor(shown.get_array().data), smooth)
+        assert tuple(axes.patches[0].get_bbox().bounds) == (8, 4, 4, 4)
+    assert a.images[1].get_cmap().name == "PuOr" and b.images[1].get_cmap().name == "magma"  # negative entries, none
+    assert sum(a.images[1].get_clim()) == 0 and a.images[1].get_clim()[1] >= -refined[0].min()
+    assert len(picture.patches) == 1 and not empty.images and not empty.patches
+    assert not any(axes.patches for axes in plots.looks_over(image, {"raw": raw}).axes)
+
+
 def test_save_figure(tmp_path):
     figure = plots.training_curves(HISTORY, "a title")
     plots.save_figure(figure, tmp_path / "curves.png")
