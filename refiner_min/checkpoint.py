@@ -136,11 +136,12 @@ def load_pretrained(name: str) -> RefinerViT:
 
 
 def pack(source, path):
-    """Write the weights that a run's file is evaluated with, in bf16, and what they were made of. UserError: as load's
-    and save's."""
+    """Write the weights that a run's file is evaluated with, and what they were made of; what has more than one
+    dimension in bf16, since the rest, biases, scales and BatchNorm's statistics, is small. UserError: as load's and
+    save's."""
     state = load(source)
     weights, which = weights_of(state, path=source)
-    small = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    small = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
     origin = ("subset", "data", "recipe_version", "recipe", "config", "classes", "pictures", "relabel", "annotator")
     save({name: state[name] for name in origin} | {"ema" if which == "ema" else "model": small}, path)
 

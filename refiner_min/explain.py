@@ -1,4 +1,4 @@
-"""What the model says about a photo, and where it looks: python -m refiner_min.explain PHOTO --weights runs/X/best.pt
+"""What the model says about a photo, and where it looks: python -m refiner_min.explain PHOTO [--weights runs/X/best.pt]
 
 Writes one PNG: the photo as the model sees it, its five likeliest classes, and for some blocks the class token's
 attention over the photo before the expansion, after it, after the local convolution and after the reduction.
@@ -60,8 +60,9 @@ def explain(photo, weights, out, blocks: int = 4) -> list[tuple[str, float]]:
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m refiner_min.explain", description=__doc__.split("\n\n")[1])
     parser.add_argument("photo", metavar="PHOTO")
-    parser.add_argument("--weights", metavar="PATH", required=True, help="a best.pt or last.pt of refiner_min.train, "
-                        "or published weights")
+    parser.add_argument("--weights", metavar="PATH", default="ti", help="a best.pt or last.pt of refiner_min.train, "
+                        "published weights, or the small ones that come with the package: ti, or plain-ti, a plain ViT "
+                        "(default: ti)")
     parser.add_argument("--out", metavar="PNG", help="default: PHOTO's name with -explained.png, in this folder")
     parser.add_argument("--blocks", type=int, default=4, help="how many blocks to show (default: 4)")
     args = parser.parse_args(arguments)

@@ -101,13 +101,16 @@ def mean(values: list) -> float | None:
 
 
 def load(folder: Path) -> dict[str, dict[int, dict]]:
-    """The records of experiments, {experiment: {seed: record}}, each with its curve, the accuracies by epoch."""
+    """The records of experiments, {experiment: {seed: record}}, each with its curve, the accuracies, and after which
+    epochs these were measured."""
     found = {}
     for path in sorted(folder.glob("*-seed*.json")):
         record = json.loads(path.read_text())
         if "experiment" in record:
             with open(path.with_suffix(".csv")) as file:
-                record["curve"] = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
+                rows = list(csv.DictReader(file))
+            record["curve"] = [float(row["val_accuracy"]) for row in rows]
+            record["epochs"] = [int(row["epoch"]) for row in rows]
             found.setdefault(record["experiment"], {})[record["recipe"]["seed"]] = record
     return found
 
@@ -253,9 +256,8 @@ def pictures(records: dict) -> dict:
     for table in TABLES:
         there = {label: records[name] for label, name in table.rows.items() if name in records}
         if there:
-            curves = {label: by_epoch([run["curve"] for run in runs.values()]) for label, runs in there.items()}
             figures[f"study-{table.name}.png"] = plots.lines(
-                {label: (range(1, len(curve) + 1), curve) for label, curve in curves.items()}, "epoch",
+                {label: by_epoch(list(runs.values())) for label, runs in there.items()}, "epoch",
                 "validation accuracy (%)")
         if {"plain", "refined"} <= there.keys():
             figures[f"study-{table.name}-why.png"] = plots.maps_and_tokens(
@@ -263,8 +265,9 @@ def pictures(records: dict) -> dict:
     return figures
 
 
-def by_epoch(curves: list[list[float]]) -> list[float]:
-    return [100 * statistics.mean(values) for values in zip(*curves)]
+def by_epoch(runs: list[dict]) -> tuple[list[int], list[float]]:
+    """The epochs, and the mean accuracy after each in percent."""
+    return runs[0]["epochs"], [100 * statistics.mean(values) for values in zip(*(run["curve"] for run in runs))]
 
 
 def measured(runs: dict[int, dict]) -> dict:

@@ -1,5 +1,6 @@
 """explain.py: what it shows is what the model computes; what it cannot read or write is said."""
 
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -114,3 +115,15 @@ def test_the_command():
     command = [sys.executable, "-m", "refiner_min.explain", "none.png", "--weights", "best.pt"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: none.png is not a picture")
+
+
+@pytest.mark.parametrize("photo", ["chelsea", "china", "flower"])
+def test_what_the_small_models_say_of_the_photographs_stands_beside_them(photo):
+    """A class and its percentage, of either model; without --weights it is ti that is asked."""
+    folder = Path(__file__).parents[1] / "notebooks" / "photos"
+    [row] = re.findall(rf"^\| `{photo}.jpg`.*$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert explain.parse(["photo.jpg"]).weights == "ti"
+    for cell, weights in zip(row.split("|")[-3:-1], checkpoint.PRETRAINED, strict=True):
+        name, probability = explain.explain(folder / f"{photo}.jpg", weights, "out.png")[0]
+        said, percent = re.fullmatch(r"(.+), (\d+) %", cell.strip()).groups()
+        assert said == name and abs(100 * probability - int(percent)) < 0.6

@@ -5,6 +5,7 @@ import ast
 import csv
 import importlib
 import json
+import math
 import re
 import shlex
 import statistics
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from refiner_min import __version__, bench
+from refiner_min import __version__, bench, checkpoint
 from tests.mutations import astray
 
 ROOT = Path(__file__).parents[1]
@@ -197,9 +198,27 @@ def test_the_table_and_the_curves_keep_to_the_recorded_runs(path):
     with open(path.with_suffix(".csv")) as file:
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["val_accuracy"]) == result["accuracy"]
-    assert len(rows) == record["recipe"]["epochs"]
+    assert len(rows) == math.ceil(record["recipe"]["epochs"] / record["recipe"].get("validate_every", 1))
     for fact in ("hardware", "versions", "commit", "recipe", "config"):
         assert record[fact]
+
+
+@pytest.mark.parametrize("name, run", [("ti", "headline-refined-seed0"), ("plain-ti", "headline-plain-seed0")])
+def test_the_weights_that_come_along_are_those_of_the_recorded_runs(name, run):
+    record, path = json.loads((RESULTS / f"{run}.json").read_text()), checkpoint.ASSETS / f"{name}.pt"
+    state, model = checkpoint.load(path), checkpoint.load_pretrained(name)
+    assert path.stat().st_size <= 5e6
+    assert all(state[fact] == record[fact] for fact in ("recipe", "classes", "pictures"))
+    assert json.loads(json.dumps(state["config"])) == record["config"]  # which has lists for tuples
+    assert sum(parameter.numel() for parameter in model.parameters()) == record["parameters"]
+    card = (checkpoint.ASSETS / "weights.md").read_text()
+    accuracy, pictures = record["result"]["accuracy"], record["pictures"]["val"]
+    [row] = re.findall(rf"^\| `{name}.pt` .*$", card, re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:5] == [f"{record['parameters']:,}", f"{accuracy:.2%}".replace("%", " %")]
+    assert abs(float(cells[5].removesuffix(" %")) / 100 - accuracy) * pictures <= 2.5  # two pictures, rounded
+    flags = record["command"].partition("imagenette2-224 ")[2].partition(" --device")[0]
+    assert flags.replace(" --no-refine", "") in card
 
 
 def spread(values: list[float]) -> str:
@@ -208,18 +227,21 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation} %"
 
 
-def test_the_readme_keeps_to_the_study():
+@pytest.mark.parametrize("experiment, text, labels", [
+    ("imagenette-depth12", "12 epochs, 12 blocks", ("plain ViT", "refined")),
+    ("headline", "50 epochs, 6 blocks", ("plain ViT `plain-ti`", "refined `ti`"))])
+def test_the_readme_keeps_to_the_study(experiment, text, labels):
     found = {}
-    for name in ("plain", "refined"):
-        paths = sorted(RESULTS.glob(f"imagenette-depth12-{name}-seed*.json"))
+    for name, row in zip(("plain", "refined"), labels):
+        paths = sorted(RESULTS.glob(f"{experiment}-{name}-seed*.json"))
         records = [json.loads(path.read_text()) for path in paths]
         found[name] = [record["result"]["accuracy"] for record in records]
-        row = "plain ViT" if name == "plain" else name
-        assert (f"| Imagenette, 64 px, 12 epochs, 12 blocks, {row} | {len(records)} | {records[0]['parameters']:,} | "
-                f"{spread(found[name])} | - |") in README
+        assert (f"| Imagenette, 64 px, {text}, {row} | {len(records)} | {records[0]['parameters']:,} | "
+                f"{spread(found[name])} |") in README
     pairs = [100 * (refined - plain) for plain, refined in zip(found["plain"], found["refined"], strict=True)]
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5
-    assert f"with 12 blocks +{statistics.mean(pairs):.1f} ± {error:.1f} points" in README
+    several = len(pairs) > 1
+    error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f} points" if several else ", one seed each"
+    assert f"{statistics.mean(pairs):+.1f}{error}" in README
 
 
 @pytest.mark.parametrize("mode, row, columns", [

@@ -21,7 +21,7 @@ def record(accuracy: float, seed: int = 0, **result) -> dict:
     return {"result": {"accuracy": accuracy, **result}, "measures": measured, "parameters": 1234, "commit": "c" * 40,
             "hardware": "a machine", "command": f"python -m refiner_min.train --depth 12 --seed {seed} --out here",
             "recipe": {"seed": seed, "batch_size": 10, "epochs": 6}, "pictures": {"train": 1009},
-            "curve": [0.1, accuracy]}
+            "curve": [0.1, accuracy], "epochs": [5, 10]}
 
 
 def runs(*accuracies: float) -> dict[int, dict]:
@@ -55,7 +55,9 @@ def test_the_page_holds_what_is_recorded():
     assert "Commit ccccccc; a machine:" in text
     assert ("- `imagenette-depth12-refined`: `python -m refiner_min.train --depth 12`, seeds "
             "[0](imagenette-depth12-refined-seed0.json), [1](imagenette-depth12-refined-seed1.json)") in text
-    assert report.pictures(records).keys() == {"study-depth12.png", "study-depth12-why.png"}
+    figures = report.pictures(records)
+    assert figures.keys() == {"study-depth12.png", "study-depth12-why.png"}
+    assert list(figures["study-depth12.png"].axes[0].lines[0].get_xdata()) == [5, 10]  # when they were validated
     assert "not made yet" in report.text(records, report.load_speed(Path("nowhere")))
     tokens = {"scenes-plain": {0: record(0.5, token_accuracy=0.25)}, "scenes-refined": runs(0.5)}
     text = report.text(tokens, {"images_per_second": {}})
