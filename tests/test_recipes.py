@@ -143,7 +143,7 @@ OTHER = {  # another value than any preset's, for every field of a recipe
     "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
     "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,
     "crop_min": 0.57, "crop_max": 1.7, "draft": False, "flip": 0.7, "turn": 7.0, "colour": 0.7, "randaugment": 7.5,
-    "erasing": 0.7, "eval_crop": 1.13, "clip_grad": 0.7, "sync_bn": True, "seed": 7, "amp": "off",
+    "erasing": 0.7, "eval_crop": 1.13, "clip_grad": 0.7, "sync_bn": True, "validate_every": 7, "seed": 7, "amp": "off",
 }
 
 
