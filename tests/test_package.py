@@ -229,7 +229,7 @@ def spread(values: list[float]) -> str:
 
 @pytest.mark.parametrize("experiment, text, labels", [
     ("imagenette-depth12", "12 epochs, 12 blocks", ("plain ViT", "refined")),
-    ("headline", "50 epochs, 6 blocks", ("plain ViT `plain-ti`", "refined `ti`"))])
+    ("headline", "50 epochs of cutmix, 6 blocks", ("plain ViT `plain-ti`", "refined `ti`"))])
 def test_the_readme_keeps_to_the_study(experiment, text, labels):
     found = {}
     for name, row in zip(("plain", "refined"), labels):
