@@ -37,7 +37,7 @@ TABLES = [
     Table("depth12", "Imagenette, 64 px, depth 12",
           rows("imagenette-depth12", "plain deeper refined expansion convolution every-block sharing"),
           ("plain", "deeper")),
-    Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
+    Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", f"{PARTS} sharing"), ("plain", "deeper")),
     Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
     Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",
           {"refined": "imagenette-depth6-refined"} | rows("imagenette-tokens", "picture maps mixtoken"), ("refined",)),
