@@ -63,7 +63,7 @@ class Run:
         self.mix = make_mixing(recipe, len(subset.classes))
         self.criterion = TokenLabelLoss(recipe.dense_weight, recipe.smoothing)
         self.step, self.part, self.history, self.loss = 0, 0, [], LossWatch(device)  # part: of a step, of accumulate
-        self.seconds, self.since = 0.0, time.perf_counter()  # of the epoch under way until then
+        self.seconds, self.since = 0.0, time.perf_counter()  # of training since the last validation, until then
 
     @property
     def epoch(self) -> int:
@@ -183,7 +183,7 @@ class Run:
                 self.save(clock)
 
     def count_up(self) -> float:
-        """The mean loss of the epoch so far, and the seconds spent on it; waits for the device. Of several processes
+        """The mean loss since the last validation, and the seconds spent; waits for the device. Of several processes
         the first one holds the sums then. UserError: the loss was not finite."""
         loss, now = self.loss.mean(), time.perf_counter()
         self.seconds, self.since = self.seconds + now - self.since, now

@@ -1,11 +1,15 @@
-"""What a notebook has built and later ones use again: training on the digits, linear CKA; and how a class is built
-method by method. The first two are notebook 1's, line for line. It imports augment and hardware."""
+"""What a notebook has built and later ones use again, line for line: training on digits and linear CKA (notebook 1),
+what a token gives to the patches (notebook 2); the photographs; and how a class is built method by method. It imports
+pictures, augment and hardware."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from refiner_min.augment import normalise
+from refiner_min.augment import evaluation_picture, normalise
 from refiner_min.hardware import choose_device
+from refiner_min.pictures import read_picture
 
 
 def part_of(cls):
@@ -47,3 +51,16 @@ def linear_cka(x, y):
     """Features (n, C) and (n, D) of the same n tokens -> their similarity, from 0 to 1 (arXiv:1905.00414)."""
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def photographs(size=64):
+    """The photographs beside the notebooks, which run in their folder, as a model of that size takes them: (3, 3, S, S)
+    from -1 to 1, chelsea, china and flower."""
+    paths = sorted(Path("photos").glob("*.jpg"))
+    return torch.stack([normalise(evaluation_picture(read_picture(path), size)) for path in paths])
+
+
+def looks(maps, photo, token=0):
+    """(B, E, N, N) -> E maps (grid, grid): what a token of a photograph gives to the patches."""
+    side = round((maps.shape[3] - 1) ** 0.5)
+    return list(maps[photo, :, token, 1:].unflatten(1, (side, side)))

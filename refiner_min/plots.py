@@ -80,7 +80,7 @@ def explanation(image, names: list[str], probabilities: list[float], maps: dict)
             if block == next(iter(maps)):
                 axes.set_title(STAGES[stage] if len(stages) > 1 else "attention", fontsize="small")
         row[0].set_ylabel(f"block {block}", fontsize="small")
-    figure.suptitle("where the class token looks: mean of the maps, each scaled; orange subtracts", size="medium")
+    figure.suptitle("where the class token looks: mean over maps, each scaled, orange where negative", size="medium")
     return figure
 
 

@@ -47,8 +47,9 @@ class StepLog:
     """steps.csv: a line each so many steps, by which a run of days can be watched; and the same for TensorBoard. Of
     several processes the first one writes, the speed of all, and its own loss, waiting and memory.
 
-    A line is of the steps since the line before, without evaluation. loss: the mean a picture, since the epoch began at
-    the earliest. waited: seconds for data, of the seconds. memory_gb: the largest so far, of the GPU or the process.
+    A line is of the steps since the line before, without evaluation. loss: the mean a picture, at the earliest since
+    the last validation. waited: seconds for data, of the seconds. memory_gb: the largest so far, of the GPU or the
+    process.
     """
 
     FIELDS = ("step", "epoch", "loss", "lr", "images_per_second", "seconds", "waited", "memory_gb")

@@ -1,10 +1,14 @@
 """lessons.py: what later notebooks use again."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from refiner_min.data import Subset, load_subset
-from refiner_min.lessons import linear_cka, part_of, train
+from refiner_min.explain import evaluation_image
+from refiner_min.lessons import linear_cka, looks, part_of, photographs, train
+from refiner_min.model import RefinerConfig
 
 
 def test_a_class_is_built_method_by_method():
@@ -31,3 +35,18 @@ def test_cka_sees_neither_rotation_nor_scale():
     turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     assert abs(linear_cka(x, 3 * x @ turn + 1) - 1) < 1e-12
     assert linear_cka(x, torch.randn(50, 8, dtype=torch.float64)) < 0.6
+
+
+def test_the_photographs_are_as_explain_shows_them(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1] / "notebooks")
+    found = photographs(32)
+    for image, name in zip(found, ("chelsea", "china", "flower"), strict=True):
+        assert torch.equal(image, evaluation_image(f"photos/{name}.jpg", RefinerConfig(img_size=32))[0])
+
+
+def test_what_a_token_gives_to_the_patches_is_its_row_on_the_grid():
+    maps = torch.rand(2, 3, 10, 10)
+    found = looks(maps, 1, token=4)
+    assert len(found) == 3 and all(torch.equal(found[e][r, c], maps[1, e, 4, 1 + 3 * r + c])
+                                   for e in range(3) for r in range(3) for c in range(3))
+    assert torch.equal(looks(maps, 0)[2].flatten(), maps[0, 2, 0, 1:])
