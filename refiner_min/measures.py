@@ -10,6 +10,7 @@ It imports model, augment and evaluation; and data, recipes and checkpoint, to o
 
 import math
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -23,6 +24,12 @@ from refiner_min.model import RefinerViT
 from refiner_min.recipes import build_model, saved_recipe
 
 PICTURES = 512  # of the split, evenly spread, over which maps and tokens are measured
+KEPT = {  # measure: the weight of a block's attention
+    "kept_expand": "refinement.expand.0.weight",
+    "kept_convolve": "refinement.convolve.0.weight",
+    "kept_reduce": "refinement.reduce.0.weight",
+    "kept_projection": "proj.weight",
+}
 
 
 def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64) -> dict:
@@ -50,7 +57,8 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
 
 
 def measure_run(folder: Path, device: torch.device) -> dict:
-    """measure of the model that the run in a folder evaluated last, over its validation pictures."""
+    """measure and kept of the model that the run in a folder, begun from scratch, evaluated last, over its validation
+    pictures."""
     path = folder / "last.pt"
     state = load(path)
     config_of(state, path, needed=["subset", "data", "recipe"])
@@ -58,8 +66,9 @@ def measure_run(folder: Path, device: torch.device) -> dict:
     subset = load_subset(state["subset"], state["data"], recipe.img_size, only_val=True, hold_out=recipe.hold_out,
                          grid=recipe.img_size // recipe.patch_size, eval_crop=recipe.eval_crop)
     model = build_model(recipe, len(subset.classes), subset.channels)
+    began = deepcopy(model)  # as the run did, which built it with the same seed
     load_weights(model, weights_of(state)[0])
-    return measure(model, subset.val, device)
+    return measure(model, subset.val, device) | rounded(kept(model, began))
 
 
 def rounded(value):
@@ -153,6 +162,17 @@ def use_of_refinement(refinement, maps) -> dict[str, torch.Tensor]:
     variance = maps.raw.var(dim=(0, 2, 3))  # (H,)
     return found | {"branch_scale": scale.abs().mean(), "map_deviation": variance.sqrt().mean(),
                     "branch_share": (scale.square() / (scale.square() + variance)).mean()}
+
+
+def kept(model: RefinerViT, began: RefinerViT) -> dict[str, list]:
+    """Of the refinement's weights, and of the attention's projection to compare with, the cosine with what they began
+    as: 1 where training has left their direction as it was. By block, None where there is no such weight."""
+    def cosine(one, other) -> float | None:
+        return None if one is None else F.cosine_similarity(one.flatten(), other.flatten(), dim=0).item()
+
+    blocks = [[block.attention.state_dict() for block in pair] for pair in zip(model.blocks, began.blocks)]
+    return {measure: [cosine(one.get(name), other.get(name)) for one, other in blocks]
+            for measure, name in KEPT.items()}
 
 
 def correlation(one, other) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Recipe:
     kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1, 1001)
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
     unrefined: bool = option(False, "pairs share the map as it is: what sharing alone does")
+    branch_scale: float = option(1.0, "deviation with which the refinement's branch begins; 1 as published", 0, 1000)
     drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
     epochs: int = option(12, "passes over the training pictures", 1, 10**6)
     batch_size: int = option(64, "pictures a step, over all processes together", 1, 2**24)
@@ -317,10 +318,24 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
               if name in OF_MODEL and (value or name not in SIZES)}
     torch.manual_seed(recipe.seed)
     try:
-        return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
-                                    dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
+        net = MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
+                                   dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch's, where the memory does not hold it
         raise UserError(f"no such model can be made here: {(str(error) or 'out of memory').splitlines()[0]}") from None
+    if recipe.branch_scale != 1:
+        scale_branches(net, recipe.branch_scale)
+    return net
+
+
+def scale_branches(net: model.RefinerViT, scale: float):
+    """Let what the refinement adds to a map begin with this deviation, and not with 1, beside which that of a softmax
+    map, about 0.01, is nothing. UserError: nothing is added there."""
+    norms = [module.reduce[1] for module in net.modules()
+             if isinstance(module, model.Refinement) and module.norm is not None]
+    if not norms:
+        raise UserError(f"--branch-scale {scale:g} is of a refinement with BatchNorm, which this model does not have")
+    for norm in norms:
+        torch.nn.init.constant_(norm.weight, scale)
 
 
 WARMUP_LR = 1e-6  # where the warm-up begins, as published

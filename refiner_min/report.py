@@ -37,10 +37,15 @@ TABLES = [
     Table("depth12", "Imagenette, 64 px, depth 12",
           rows("imagenette-depth12", "plain deeper refined expansion convolution every-block sharing"),
           ("plain", "deeper")),
-    Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", f"{PARTS} sharing"), ("plain", "deeper")),
+    Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", f"{PARTS} sharing small-branch"),
+          ("plain", "deeper")),
     Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
     Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",
           {"refined": "imagenette-depth6-refined"} | rows("imagenette-tokens", "picture maps mixtoken"), ("refined",)),
+    Table("lr5e-4", "Half the learning rate: Imagenette, 64 px, depth 6",
+          rows("imagenette-depth6-lr5e-4", "plain refined")),
+    Table("lr2e-3", "Twice the learning rate: Imagenette, 64 px, depth 6",
+          rows("imagenette-depth6-lr2e-3", "plain refined")),
     Table("heads2", "Two heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads2", "plain refined")),
     Table("heads8", "Eight heads: Imagenette, 64 px, depth 12", rows("imagenette-depth12-heads8", "plain refined")),
     Table("depth24", "Imagenette, 64 px, depth 24, dim 128", rows("imagenette-depth24", "plain refined")),
@@ -49,6 +54,8 @@ TABLES = [
     Table("headline", "The small model from scratch: Imagenette, 64 px, 50 epochs", rows("headline", "plain refined")),
     Table("128px", "Imagenette, 128 px, on a GPU",
           rows("imagenette-128px", "plain refined expansion convolution every-block linear")),
+    Table("headline-128px", "S from scratch: Imagenette, 128 px, 200 epochs, on a GPU",
+          rows("headline-128px", "plain refined")),
 ]
 MEASURES = {  # heading: what stands there
     "heads alike": lambda measured: mean(measured["head_similarity"]),
@@ -58,6 +65,7 @@ MEASURES = {  # heading: what stands there
     "distance": lambda measured: mean(measured["distance"]),
     "same map": lambda measured: mean(measured.get("same", [])),
     "branch's share": lambda measured: mean(measured.get("branch_share", [])),
+    "kernels kept": lambda measured: mean(measured.get("kept_convolve", [])),
     "branch off": lambda measured: measured["accuracy_without_branch"],
     "copies": lambda measured: measured["accuracy_with_copies"],
 }
@@ -74,9 +82,9 @@ themselves shared their two cores.
 The second table of each is of the same models over validation pictures, means over their blocks
 ([measures.py](../../refiner_min/measures.py) defines each): how alike the heads' maps are, and without their even part;
 how alike tokens are after the last block; entropy (1: even) and distance (patches) of attention; of the blocks that
-refine, the correlation of the refined map with the one that came in, and the branch's share of the variance at the
-skip; accuracy with the branch switched off after training, and with every refined map but a scaled copy of the one that
-came in.
+refine, the correlation of the refined map with the one that came in, the branch's share of the variance at the skip,
+and the cosine of the local kernels with what they began as (1: not learned; the first runs lack it); accuracy with the
+branch switched off after training, and with every refined map but a scaled copy of the one that came in.
 """
 
 

@@ -189,6 +189,8 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
      "torch.arange(len(labels)) % 5 == 4\n"),
     ("held-out pictures trained on too", "data", "listing.only(~held),", "listing,"),
     ("held out by position, not by class", "data", "held[mine[(", "held[torch.arange(len(labels))[("),
+    ("a branch that was to begin small as published", "recipes", "torch.nn.init.constant_(norm.weight, scale)", "pass"),
+    ("a weight compared with itself", "measures", "one.flatten(), other.flatten()", "one.flatten(), one.flatten()"),
     ("a pair's map refined where sharing alone is asked for", "model", "config.refine and not config.unrefined and (",
      "config.refine and ("),
     ("heads compared with themselves", "measures", "- n) / (n * (n - 1))", ") / (n * n)"),

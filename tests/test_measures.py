@@ -94,6 +94,21 @@ def test_use_of_the_refinement():
     assert found["branch_share"] == pytest.approx(float((scale**2 / (scale**2 + deviation**2)).mean()))
 
 
+def test_how_much_of_a_weight_is_what_it_began_as():
+    began, model = trained(), trained()
+    with torch.no_grad():
+        weights = model.blocks[1].attention.refinement
+        weights.convolve[0].weight.mul_(-2)
+        weights.reduce[0].weight.zero_()[0, 0] = 3
+    found = measures.kept(model, began)
+    assert found["kept_convolve"] == [None, pytest.approx(-1), None, pytest.approx(1)]
+    first = began.blocks[1].attention.refinement.reduce[0].weight.detach()
+    assert found["kept_reduce"][1] == pytest.approx(float(first[0, 0] / first.norm()))
+    assert found["kept_expand"] == [None, pytest.approx(1), None, pytest.approx(1)]
+    assert found["kept_projection"] == pytest.approx([1] * 4)
+    assert measures.kept(trained(refine=False), trained(refine=False))["kept_convolve"] == [None] * 4
+
+
 def test_the_refinement_switched_off(split):
     model, images = trained(), normalise(split.pictures[:8])
     refinement = model.blocks[1].attention.refinement

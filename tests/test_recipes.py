@@ -136,9 +136,21 @@ def test_sizes_that_are_not_given_are_the_models():
         recipes.build_model(choose_recipe("imagenette", CPU, {"heads": 5}), 10)
 
 
+def test_the_branch_may_begin_small():
+    """Nothing else differs; and the map that came in is then half of the variance that leaves."""
+    published, small = (recipes.build_model(choose_recipe("imagenette", CPU, given), 10)
+                        for given in ({}, {"branch_scale": 0.02}))
+    other = {name for name, value in small.state_dict().items() if not torch.equal(value, published.state_dict()[name])}
+    assert other == {f"blocks.{index}.attention.refinement.reduce.1.weight" for index in (1, 3, 5)}
+    assert all(small.state_dict()[name].tolist() == pytest.approx([0.02] * 4) for name in other)
+    for words in ({"refine": False}, {"unrefined": True}, {"linear": True}):
+        with pytest.raises(UserError, match="--branch-scale 0.02 is of a refinement with BatchNorm"):
+            recipes.build_model(choose_recipe("imagenette", CPU, words | {"branch_scale": 0.02}), 10)
+
+
 OTHER = {  # another value than any preset's, for every field of a recipe
     "model": "s", "dim": 96, "depth": 4, "heads": 2, "img_size": 24, "patch_size": 4, "refine": False, "share": False,
-    "expand": 2, "kernel_size": 5, "linear": True, "unrefined": True, "hold_out": 0.07,
+    "expand": 2, "kernel_size": 5, "linear": True, "unrefined": True, "branch_scale": 0.7, "hold_out": 0.07,
     "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
     "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
     "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,

@@ -17,7 +17,8 @@ def record(accuracy: float, seed: int = 0, **result) -> dict:
     measured = {"head_similarity": [0.5, 0.7], "head_similarity_centred": [0.1, 0.2],
                 "token_similarity": [0.1, 0.2, 0.3],
                 "entropy": [0.9, 0.8], "distance": [4.0, 3.0], "cka": [[1.0, 0.5, 0.5]] * 3, "same": [None, 0.25],
-                "branch_share": [None, 0.75], "accuracy_without_branch": 0.25, "accuracy_with_copies": None}
+                "branch_share": [None, 0.75], "kept_convolve": [None, 0.5], "accuracy_without_branch": 0.25,
+                "accuracy_with_copies": None}
     return {"result": {"accuracy": accuracy, **result}, "measures": measured, "parameters": 1234, "commit": "c" * 40,
             "hardware": "a machine", "command": f"python -m refiner_min.train --depth 12 --seed {seed} --out here",
             "recipe": {"seed": seed, "batch_size": 10, "epochs": 6}, "pictures": {"train": 1009},
@@ -51,7 +52,7 @@ def test_the_page_holds_what_is_recorded():
     assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | -1.0 | 50 | 2.0 |" in text
     assert "| deeper | 1 | 1,234 | 61.0 % | +1.0 | - | - | - |" in text
     assert "| refined | 2 | 1,234 | 71.0 ± 1.4 % | **+10.0 ± 0.0** | +9.0 | - | - |" in text
-    assert "| refined | 0.600 | 0.150 | 0.300 | 0.850 | 3.500 | 0.250 | 0.750 | 25.0 % | - |" in text
+    assert "| refined | 0.600 | 0.150 | 0.300 | 0.850 | 3.500 | 0.250 | 0.750 | 0.500 | 25.0 % | - |" in text
     assert "Commit ccccccc; a machine:" in text
     assert ("- `imagenette-depth12-refined`: `python -m refiner_min.train --depth 12`, seeds "
             "[0](imagenette-depth12-refined-seed0.json), [1](imagenette-depth12-refined-seed1.json)") in text
