@@ -83,8 +83,8 @@ GROUPS = [
     Group("how far does a small model get from scratch, refined and plain? Its weights come with the package",
           experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 65, "plain": 50}), seeds=1),
     Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time; sharing: "
-          "maps shared in pairs, not refined; small-branch: what is added to a map begins as large as the map, not 50 "
-          "times as large",
+          "maps shared in pairs, not refined; small-branch: what is added to a map begins as large as trained maps, "
+          "and not 50 times as large",
           experiments("imagenette-depth6", SHORT, {"plain": 11, "refined": 16, "sharing": 11, "small-branch": 16,
                                                    "deeper": 15, "expansion": 15, "convolution": 15, "every-block": 20,
                                                    "linear": 20},
