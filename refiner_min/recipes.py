@@ -36,7 +36,8 @@ class Recipe:
     kernel_size: int = option(3, "of the local convolution on the maps; 1 for none", 1, 1001)
     linear: bool = option(False, "the paper's linear refinement, in every block (implies --no-share)")
     unrefined: bool = option(False, "pairs share the map as it is: what sharing alone does")
-    branch_scale: float = option(1.0, "deviation with which the refinement's branch begins; 1 as published", 0, 1000)
+    branch_scale: float = option(1.0, "deviation with which the refinement's branch begins; 1, as published; 0 leaves "
+                                 "it out: the map is only normalised", 0, 1000)
     drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
     epochs: int = option(12, "passes over the training pictures", 1, 10**6)
     batch_size: int = option(64, "pictures a step, over all processes together", 1, 2**24)
@@ -328,15 +329,15 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
 
 
 def scale_branches(net: model.RefinerViT, scale: float):
-    """Let what the refinement adds to a map begin with this deviation, and not with 1. UserError: nothing is added
-    there. Beside a deviation of 1 the map itself, of about 0.001 when untrained and 0.02 when trained (ti), is nothing.
-    """
+    """Let what the refinement adds to a map begin with this deviation, and not with 1; with 0 it stays at nothing.
+    Beside a deviation of 1 the map itself, of about 0.001 when untrained and 0.02 when trained (ti), is nothing.
+    UserError: nothing is added there."""
     norms = [module.reduce[1] for module in net.modules()
              if isinstance(module, model.Refinement) and module.norm is not None]
     if not norms:
         raise UserError(f"--branch-scale {scale:g} is of a refinement with BatchNorm, which this model does not have")
     for norm in norms:
-        torch.nn.init.constant_(norm.weight, scale)
+        torch.nn.init.constant_(norm.weight, scale).requires_grad_(scale > 0)
 
 
 WARMUP_LR = 1e-6  # where the warm-up begins, as published

@@ -39,6 +39,8 @@ TABLES = [
           ("plain", "deeper")),
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", f"{PARTS} sharing small-branch"),
           ("plain", "deeper")),
+    Table("normalised", "No branch, the shared map only normalised: Imagenette, 64 px, depth 6",
+          rows("imagenette-depth6", "normalised"), ()),
     Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
     Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",
           {"refined": "imagenette-depth6-refined"} | rows("imagenette-tokens", "picture maps mixtoken"), ("refined",)),
@@ -73,11 +75,11 @@ INTRODUCTION = """# What the refinement gains
 
 Written by `python -m refiner_min.study --report` from the records in this folder; a test holds it to them. Each row is
 an experiment of [study.py](../../refiner_min/study.py) with its flags; the rows of a table have the same recipe, epochs
-and seeds, and were run at the same commit. Accuracy is that of the weights' moving average after the last epoch: mean
-and standard deviation over seeds. A difference is in points, paired by seed, with its standard error; **bold** where it
-is larger than two of them. With three seeds that is a hint, no more. Images a second and minutes of training (without
-validation) are of a short measurement with nothing beside it ({speed}); without one they are left out: the runs
-themselves shared their two cores.
+and seeds, and were run at the same commit and in the same number format. Accuracy is that of the weights' moving
+average after the last epoch: mean and standard deviation over seeds. A difference is in points, paired by seed, with
+its standard error; **bold** where it is larger than two of them. With three seeds that is a hint, no more. Images a
+second and minutes of training (without validation) are of a short measurement with nothing beside it ({speed}); without
+one they are left out: the runs themselves shared their two cores.
 
 The second table of each is of the same models over validation pictures, means over their blocks
 ([measures.py](../../refiner_min/measures.py) defines each): how alike the heads' maps are, and without their even part;
@@ -181,13 +183,14 @@ def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str
     lines += ["", row(["model", *MEASURES]), row(["---"] * (1 + len(MEASURES)))]
     for label, found in measured.items():
         lines.append(row([label, *(number(name, mean([of(one) for one in found])) for name, of in MEASURES.items())]))
-    commits = sorted({run["commit"][:7] for runs in there.values() for run in runs.values()})
+    every = [run for runs in there.values() for run in runs.values()]
+    commits, machines = sorted({run["commit"][:7] for run in every}), sorted({run["hardware"] for run in every})
     runs = [f"`{table.rows[label]}`: `{without_seed(next(iter(runs.values()))['command'])}`, seeds "
             + ", ".join(f"[{seed}]({table.rows[label]}-seed{seed}.json)" for seed in sorted(runs))
             for label, runs in there.items()]
     lines += ["", f"![](study-{table.name}.png)"]
     lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
-    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}:", ""]
+    lines += ["", f"Commit {', '.join(commits)}; {'; '.join(machines)}:", ""]
     return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
 
 

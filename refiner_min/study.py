@@ -90,6 +90,8 @@ GROUPS = [
                                                    "linear": 20},
                       PARTS | {"sharing": "--unrefined", "small-branch": "--branch-scale 0.02",
                                "deeper": "--no-refine --depth 8"}), seeds=3),
+    Group("is it what is added to the map at all, at depth 6? normalised: the shared map and its BatchNorm, no branch",
+          experiments("imagenette-depth6", SHORT, {"normalised": 15}, {"normalised": "--branch-scale 0"}), seeds=3),
     Group("which part does it, at depth 12; sharing: maps shared in pairs, not refined",
           experiments("imagenette-depth12", DEEP, {"deeper": 18, "expansion": 17, "convolution": 17, "every-block": 22,
                                                    "sharing": 12},

@@ -476,6 +476,23 @@ def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
         train.main(small(pictures, "--out", "big", "--eval"))
 
 
+def test_a_branch_that_is_off_stays_off(pictures, monkeypatch):
+    """The refined map is the shared one, normalised; also of a run that was stopped between."""
+    assert train.main(small(pictures, "--branch-scale", "0", "--out", "whole")) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert train.main(small(pictures, "--branch-scale", "0", "--out", "stopped")) == 128 + signal.SIGTERM
+    assert train.main(["--resume", "stopped", "--device", "cpu"]) == 0
+    assert_same_runs("whole", "stopped")
+    model, _ = checkpoint.load_model("stopped/best.pt")
+    maps, refinement = model.attention_maps(torch.randn(2, 3, 16, 16))[1], model.blocks[1].attention.refinement
+    norm = refinement.norm
+    expected = (maps.raw - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
+    expected = refinement.scale * (norm.weight[:, None, None] * expected + norm.bias[:, None, None])
+    shift = refinement.scale * norm.weight * refinement.reduce[1].bias / (norm.running_var + norm.eps).sqrt()
+    assert torch.allclose(maps.refined, expected + shift[:, None, None], atol=1e-5)
+
+
 def test_validated_every_few_epochs_and_after_the_last(pictures, monkeypatch):
     """The same weights; a row stands for the epochs since the row before, also of a run that was stopped between."""
     flags = ("--epochs", "5", "--ema", "0.9")
