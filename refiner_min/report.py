@@ -158,10 +158,15 @@ def text(records: dict, speed: dict, neighbours: list[dict] = ()) -> str:
     hardware = f"{speed['hardware']}, commit {speed['commit'][:7]}" if "hardware" in speed else "not made yet"
     parts = [INTRODUCTION.format(speed=hardware)]
     for table in TABLES:
-        there = {label: records[name] for label, name in table.rows.items() if name in records}
-        if there:
+        if there := recorded(table, records):
             parts.append(section(table, there, speed["images_per_second"]))
     return "\n".join(parts + ([mechanism(neighbours)] if neighbours else []))
+
+
+def recorded(table: Table, records: dict) -> dict[str, dict[int, dict]]:
+    """The rows that are there, {label: {seed: record}}; none while these are but what others are compared with."""
+    there = {label: records[name] for label, name in table.rows.items() if name in records}
+    return there if there.keys() - set(table.against) else {}
 
 
 def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str:
@@ -265,8 +270,7 @@ def pictures(records: dict) -> dict:
     """The figures by their file names: of each table the curves, and what plain and refined models are like."""
     figures = {}
     for table in TABLES:
-        there = {label: records[name] for label, name in table.rows.items() if name in records}
-        if there:
+        if there := recorded(table, records):
             figures[f"study-{table.name}.png"] = plots.lines(
                 {label: by_epoch(list(runs.values())) for label, runs in there.items()}, "epoch",
                 "validation accuracy (%)")
