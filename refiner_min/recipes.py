@@ -319,17 +319,14 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
               if name in OF_MODEL and (value or name not in SIZES)}
     torch.manual_seed(recipe.seed)
     try:
-        net = MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
-                                   dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
+        return MODELS[recipe.model](num_classes=num_classes, in_channels=channels,
+                                    dense=recipe.dense_weight > 0 if dense is None else dense, **chosen)
     except (ValueError, RuntimeError, MemoryError) as error:  # torch's, where the memory does not hold it
         raise UserError(f"no such model can be made here: {(str(error) or 'out of memory').splitlines()[0]}") from None
-    if recipe.branch_scale != 1:
-        scale_branches(net, recipe.branch_scale)
-    return net
 
 
 def scale_branches(net: model.RefinerViT, scale: float):
-    """Let what the refinement adds to a map begin with this deviation, and not with 1; with 0 it stays at nothing.
+    """Let what the refinement adds to a map begin with this deviation instead of its own; with 0 it stays at nothing.
     Beside a deviation of 1 the map itself, of about 0.001 when untrained and 0.02 when trained (ti), is nothing.
     UserError: nothing is added there."""
     norms = [module.reduce[1] for module in net.modules()

@@ -188,14 +188,13 @@ def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str
     lines += ["", row(["model", *MEASURES]), row(["---"] * (1 + len(MEASURES)))]
     for label, found in measured.items():
         lines.append(row([label, *(number(name, mean([of(one) for one in found])) for name, of in MEASURES.items())]))
-    every = [run for runs in there.values() for run in runs.values()]
-    commits, machines = sorted({run["commit"][:7] for run in every}), sorted({run["hardware"] for run in every})
+    commits = sorted({run["commit"][:7] for runs in there.values() for run in runs.values()})
     runs = [f"`{table.rows[label]}`: `{without_seed(next(iter(runs.values()))['command'])}`, seeds "
             + ", ".join(f"[{seed}]({table.rows[label]}-seed{seed}.json)" for seed in sorted(runs))
             for label, runs in there.items()]
     lines += ["", f"![](study-{table.name}.png)"]
     lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
-    lines += ["", f"Commit {', '.join(commits)}; {'; '.join(machines)}:", ""]
+    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}:", ""]
     return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
 
 

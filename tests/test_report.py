@@ -95,11 +95,11 @@ def test_the_written_page_is_that_of_the_records():
 
 
 def test_the_rows_of_a_table_are_of_one_commit_one_recipe_and_one_number_format():
-    """Of several machines they may be, which differ in rounding only."""
     records = report.load(RESULTS)
     for table in report.TABLES:
         rows = [run for name in table.rows.values() for run in records.get(name, {}).values()]
         assert len({run["commit"] for run in rows}) <= 1, table.title
+        assert len({run["hardware"] for run in rows}) <= 1, table.title
         for field in ("epochs", "batch_size", "lr", "img_size", "amp", "subset"):
             assert len({json.dumps(run["recipe"].get(field, run["subset"])) for run in rows}) <= 1, table.title
 
