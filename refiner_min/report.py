@@ -39,7 +39,7 @@ TABLES = [
           ("plain", "deeper")),
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", f"{PARTS} sharing small-branch"),
           ("plain", "deeper")),
-    Table("normalised", "No branch, the shared map only normalised: Imagenette, 64 px, depth 6",
+    Table("normalised", "No branch, the shared map only normalised: Imagenette, 64 px, depth 6 (others: above)",
           rows("imagenette-depth6", "normalised"), ()),
     Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
     Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",

@@ -104,6 +104,20 @@ def test_the_rows_of_a_table_are_of_one_commit_one_recipe_and_one_number_format(
             assert len({json.dumps(run["recipe"].get(field, run["subset"])) for run in rows}) <= 1, table.title
 
 
+def test_what_is_said_of_the_normalised_map_is_recorded():
+    """In the first README and in notebook 5; the rows are of two commits, between which the plain ViT is the same."""
+    records = report.load(RESULTS)
+    normalised, plain, refined = (records[f"imagenette-depth6-{label}"] for label in ("normalised", "plain", "refined"))
+    gain = report.said(report.difference(normalised, plain)).strip("*")
+    seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len(normalised.keys() & plain.keys())]
+    assert f"its last BatchNorm without the rest gains {gain}, {seeds}." in (ROOT / "README.md").read_text()
+    more, _ = report.difference(normalised, refined)
+    text = (ROOT / "notebooks" / "05_full_training.ipynb").read_text()
+    assert f"{gain} points above the plain ViT ({seeds}, at the end" in text
+    seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len(normalised.keys() & refined.keys())]
+    assert f"and {more:.1f} above the published refinement ({seeds})" in text
+
+
 def test_hardly_any_map_is_left_at_the_published_skip():
     """As notebook 3 says: its text stands beside the formula."""
     shares = [share for name, runs in report.load(RESULTS).items() if name.endswith("-refined")
