@@ -39,12 +39,24 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether this is how torch or Python says that the memory, a GPU's or the machine's, does not hold something."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "DefaultCPUAllocator"))
+
+
 def run_command(main):
-    """Run a command's main(); a UserError is one sentence and exit status 2, Ctrl-C is 130, neither a traceback."""
+    """Run a command's main(); a UserError, and too little memory, is one sentence and exit status 2, Ctrl-C is 130,
+    neither a traceback."""
     try:
         sys.exit(main())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: the memory is too small for this: take fewer pictures at once, or smaller ones", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

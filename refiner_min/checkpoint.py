@@ -13,7 +13,7 @@ import argparse
 import math
 import os
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -157,8 +157,9 @@ def load_model(path, map_location="cpu", wanted: str | None = None) -> tuple[Ref
 
 
 def config_of(state: dict, path, wanted: str | None = None, needed=()) -> RefinerConfig:
-    """The configuration of a file's model, which its weights fit: found out before memory is taken for it. needed: as
-    check's, of a file of ours. UserError: they don't fit, or it is of no model that this version knows."""
+    """The configuration of a file's model, which its weights fit: found out before memory is taken for it. What an
+    older file of ours does not say of it is as it was then, and state says so from now on. needed: as check's, of a
+    file of ours. UserError: they don't fit, or it is of no model that this version knows."""
     ours = "config" in state
     if ours:
         check(state, path, needed)
@@ -176,6 +177,8 @@ def config_of(state: dict, path, wanted: str | None = None, needed=()) -> Refine
     except (ValueError, RuntimeError, OverflowError) as error:  # torch's, of sizes that cannot be
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds weights of another model than it says ({reason})") from None
+    if ours:
+        state["config"] = asdict(config)
     return config
 
 

@@ -288,7 +288,7 @@ def fit(run: Run, go_on: str, save_every: float, log: records.StepLog) -> int:
                 return stopped(run, stop, clock, go_on)
             if run.validations(run.epoch) > len(run.history):
                 validate(run, loss)
-                log.show(run.history[-1])
+                log.show("epochs", run.history[-1])
             run.save(clock)
             if run.step < total and stop.agreed():
                 return stopped(run, stop, clock, go_on)

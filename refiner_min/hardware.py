@@ -140,7 +140,8 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":  # getrusage counts the process, too, that this one was started by
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0  # a sandbox may not say
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource is not None else 0  # bytes on macOS
 
 

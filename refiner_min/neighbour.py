@@ -3,7 +3,8 @@
     row:   a class token that shows one of 16 symbols, and the 16 in random order, of 20     answer: its right neighbour
 Attention can look for the symbol that is shown, but that symbol's token does not know its neighbour; only a map that is
 convolved along the row hands the look on by one place. Ours. python -m refiner_min.neighbour records all of RUNS:
-neighbour.csv, a row a run, and neighbour.json, how and where it was made. It imports model, hardware and records.
+neighbour.csv, a row a run, and neighbour.json, how and where it was made. It imports model, hardware, records
+and stopping.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from refiner_min import hardware, run_command, seed_for, write_json
+from refiner_min import UserError, hardware, run_command, seed_for, write_json
 from refiner_min.model import Block, RefinerConfig
 from refiner_min.records import origin
+from refiner_min.stopping import claim
 
 SYMBOLS, SIDE = 20, 4  # the row is as long as a grid of SIDE x SIDE is when it is flattened
 LENGTH = SIDE * SIDE
@@ -117,15 +119,23 @@ def run(task: str, variant: str, blocks: int, steps: int, seed: int) -> dict:
 # The command
 
 
-def record(out: Path):
-    """All of RUNS, each with every seed; what stands in neighbour.csv already is not run again."""
-    path, known = out / "neighbour.csv", ("task", "variant", "blocks", "steps", "seed")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if path.exists():
+def recorded(path: Path) -> set[tuple]:
+    """The task, variant, blocks, steps and seed of each row that is there. UserError: it holds something else."""
+    if not path.exists():
+        return set()
+    try:
         with open(path) as file:
-            rows = list(csv.DictReader(file))
-    done = {tuple(row[name] for name in known) for row in rows}
+            return {(row["task"], row["variant"], row["blocks"], row["steps"], row["seed"])
+                    for row in csv.DictReader(file)}
+    except (KeyError, ValueError, csv.Error):
+        raise UserError(f"{path} was not written by this command: move it away, or name another --out") from None
+
+
+def record(out: Path):
+    """All of RUNS, each with every seed; what stands in neighbour.csv already is not run again. UserError: it cannot
+    be read or written."""
+    path = out / "neighbour.csv"
+    done = recorded(path)
     with open(path, "a", newline="") as file:
         for wanted in RUNS:
             for seed in range(SEEDS):
@@ -146,7 +156,12 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m refiner_min.neighbour", description="What one refined block does "
                                      "on the task of neighbours, and how many plain ones it takes.")
     parser.add_argument("--out", metavar="DIR", default="runs/neighbour", help="default: runs/neighbour")
-    record(Path(parser.parse_args(arguments).out))
+    out = Path(parser.parse_args(arguments).out)
+    try:
+        with claim(out):
+            record(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: the record cannot be read or written ({error})") from None
     return 0
 
 

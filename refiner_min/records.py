@@ -4,17 +4,19 @@ screen.
 What it leaves to go on from is engine.Run.state, written by checkpoint. It imports distributed, hardware and plots.
 """
 
+import json
 import platform
 import shlex
 import statistics
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
 import torchvision
 
-from refiner_min import UserError, __version__, distributed, hardware, replacing
+from refiner_min import UserError, __version__, distributed, hardware, replacing, write_json
 
 HEADER = "epoch     step    next lr train loss  val loss accuracy seconds    img/s"
 TABLE = ("{epoch:>5} {step:>8} {lr:>10.3g} {train_loss:>10.4f} {val_loss:>9.4f} {val_accuracy:>8.2%} {seconds:>7.0f} "
@@ -94,7 +96,7 @@ class StepLog:
             run.step, round(run.step / run.steps_per_epoch, 3), run.loss.recent(), run.scheduler.get_last_lr()[0],
             round(speed, 1), round(seconds, 2), round(self.waited, 2),
             round(hardware.peak_memory(run.device) / 1e9, 3))))
-        self.show(row)
+        self.show("steps", row)
         try:
             with open(self.path, "a") as file:
                 file.write(",".join(map(str, row.values())) + "\n")
@@ -103,11 +105,11 @@ class StepLog:
                             f"be") from None
         self.start()
 
-    def show(self, row: dict):
-        """Numbers of a step to TensorBoard, if it is wanted."""
+    def show(self, of: str, row: dict):
+        """Numbers at a step to TensorBoard, if it is wanted; of: "steps" since the line before, or "epochs"."""
         if self.board is not None:
             for name in set(row) - {"step", "epoch"}:
-                self.board.add_scalar(name, row[name], row["step"])
+                self.board.add_scalar(f"{of}/{name}", row[name], row["step"])
             self.board.flush()
 
 
@@ -118,6 +120,11 @@ def board_writer():
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter
+
+
+def begin(run, arguments: list[str]):
+    """Write config.json of a run at its start."""
+    write_json(run.out / "config.json", facts(run, arguments))
 
 
 def facts(run, arguments: list[str]) -> dict:
@@ -139,14 +146,49 @@ def origin(device: torch.device) -> dict:
             "commit": package_commit()}
 
 
+@cache  # a process runs the code that it found when it began
 def package_commit() -> str | None:
-    """The last commit that changed the package; None where there is no git or no repository of it."""
+    """The last commit that changed the package, and "-dirty" if it has been changed since; None where there is no git
+    or no repository of it."""
+    def git(*words) -> str:
+        return subprocess.run(["git", *words, "--", "."], cwd=Path(__file__).parent, capture_output=True,
+                              text=True).stdout.strip()
+
     try:
-        git = subprocess.run(["git", "log", "-1", "--format=%H", "--", "."], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
+        commit = git("log", "-1", "--format=%H")
+        return commit + "-dirty" * bool(git("status", "--porcelain")) if commit else None
     except OSError:
         return None
-    return git.stdout.strip() or None
+
+
+def note_resumed(run):
+    """Say in config.json where a run goes on at another commit, with other versions or on other hardware."""
+    record, here = _recorded(run.out / "config.json"), origin(run.device)
+    if not record or run.step == run.recipe.epochs * run.steps_per_epoch:  # which trains nothing more
+        return
+    resumed = record.get("resumed", [])
+    if any((resumed or [record])[-1].get(name) != value for name, value in here.items()):
+        write_json(run.out / "config.json", record | {"resumed": [*resumed, {"step": run.step, **here}]})
+
+
+def _recorded(path: Path) -> dict:
+    """What config.json says; nothing where there is none, or a damaged one."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def finish(run, arguments: list[str]):
+    """Complete the folder of a run that is at its end, and say where the results are."""
+    write_history(run.out, run.history, run.title)
+    result = results(run.history, averaged=run.ema is not None)
+    path = run.out / "config.json"
+    write_json(path, (_recorded(path) or facts(run, arguments)) | {"result": result})
+    weights = "the weights' moving average" if run.ema is not None else "the weights"
+    print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
+          f"{result['best_epoch']}), {result['training_minutes']:.1f} minutes of training: {run.out}/best.pt, "
+          f"curves.png")
 
 
 def results(history: list[dict], averaged: bool) -> dict:

@@ -39,6 +39,8 @@ class StopRequest:
         """Whether to stop now. Several processes ask each other every time: launchers kill half a minute later."""
         if distributed.world() > 1:
             asked = distributed.largest_over_processes(self.signal or 0)
+            if asked and self.noted is None:  # another process was asked: what comes now is handed on, too
+                self.noted = time.monotonic()
             self.signal = asked or self.signal  # which may have come meanwhile, and is for the next time then
             return asked > 0
         return self.signal is not None

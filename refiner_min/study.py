@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from refiner_min import UserError, annotate, hardware, measures, neighbour, report, run_command, train, write_json
 from refiner_min.label_store import PackedLabels
-from refiner_min.records import origin
+from refiner_min.records import origin, package_commit
 
 RUNS = Path("runs/study")
 RESULTS = Path("notebooks/results")
@@ -178,9 +178,13 @@ def choose(only: list[str] | None) -> list[Planned]:
 
 def run_all(runs: list[Planned]) -> int:
     """Run and record one after the other. Returns 0, or the exit status of the one that was stopped."""
+    package_commit()  # now: of the code that all of them run
     for run in runs:
         if run.device == "cuda" and not torch.cuda.is_available():
             print(f"{run.name}: not run, it wants a GPU")
+            continue
+        if run.record.exists() and finished(run):
+            print(f"{run.name}: not run again, it is in {run.out}: remove that folder first")
             continue
         print(f"\n{run.name}", flush=True)
         if "--relabel" in run.experiment.flags and not labels_are_made():
@@ -199,12 +203,17 @@ def labels_are_made() -> bool:
     return written["done"] == len(names)
 
 
+def finished(run: Planned) -> bool:
+    """Whether its folder holds all of a training run."""
+    config = run.out / "config.json"
+    return config.exists() and "result" in json.loads(config.read_text())
+
+
 def train_to_the_end(run: Planned) -> int:
     """Begin the run or go on with it. Returns the command's exit status."""
     if run.experiment.command == "neighbour":
         return neighbour.main(["--out", str(run.out)])
-    config = run.out / "config.json"
-    if config.exists() and "result" in json.loads(config.read_text()):
+    if finished(run):
         return 0
     arguments = run.arguments()
     if arguments[0] != "--resume":
@@ -241,11 +250,15 @@ def measure_speed(steps: int = 5, rounds: int = 9) -> dict:
     wanted = [(experiment, group.device) for group in GROUPS if group.device in here for experiment in group.experiments
               if experiment.command == "train" and ("--relabel" not in experiment.flags or labels_are_made())]
     with tempfile.TemporaryDirectory() as folder:
-        runs, seconds = {}, {experiment.name: [] for experiment, _ in wanted}
+        runs, held, seconds = {}, {}, {experiment.name: [] for experiment, _ in wanted}
         for experiment, device in wanted:
-            words = [*experiment.flags.split(), "--device", device, "--out", f"{folder}/{experiment.name}"]
+            words = [*experiment.flags.split(), "--device", device, "--out", f"{folder}/{experiment.name}",
+                     "--no-compile"]  # as they are run
             with redirect_stdout(io.StringIO()):
-                runs[experiment.name] = train.new_run(*train.parse(words), hardware.choose_device(device))
+                run = train.new_run(*train.parse(words), hardware.choose_device(device))
+            pictures = run.subset.name, run.subset.relabel, run.recipe.img_size, run.recipe.hold_out
+            run.subset = held.setdefault(pictures, run.subset)  # in memory once
+            runs[experiment.name] = run
         for _ in tqdm(range(rounds + 1), "measuring", disable=None):
             for name, run in runs.items():
                 seconds[name].append(seconds_of(run, steps))

@@ -6,7 +6,6 @@ Several GPUs or machines: torchrun --nproc-per-node 8 -m refiner_min.train --sub
 """
 
 import argparse
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from refiner_min import UserError, checkpoint, data, distributed, hardware, records, run_command, some, write_json
+from refiner_min import UserError, checkpoint, data, distributed, hardware, out_of_memory, records, run_command, some
 from refiner_min.compiling import settled
 from refiner_min.engine import Run, fit
 from refiner_min.evaluation import evaluate
@@ -65,8 +64,8 @@ def parse(arguments=None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--eval", action="store_true", help="evaluate --weights (default: best.pt of --out) and stop; "
                         "of --data, val/ is enough")
     parser.add_argument("--eval-batch-size", type=int, metavar="N", help="pictures a step of evaluation, over all "
-                        "processes together (default: --batch-size over --accumulate); L at 448 px: 1 GB, and 0.5 GB "
-                        "a picture")
+                        "processes together (default: --batch-size, in training over --accumulate); L at 448 px: 1 GB, "
+                        "and 0.5 GB a picture")
     parser.add_argument("--eval-weights", choices=("ema", "raw"), help="which of a file's weights --eval and --weights "
                         "take (default: of ours the moving average, of published ones the raw)")
     group = parser.add_argument_group("recipe", "(each subset has its own preset, on a GPU and on a CPU)")
@@ -190,7 +189,8 @@ def load_start(net: RefinerViT, state: dict, path, same_classes: bool, wanted: s
 def new_run(args: argparse.Namespace, given: dict, device: torch.device) -> Run:
     """A run from the preset and the flags. UserError: its folder holds one already."""
     args.subset, out = args.subset or "digits", folder_of(args)
-    recipe = choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune)
+    recipe = distributed.from_first(  # whose number format is that of all
+        lambda: choose_recipe(args.subset, device, given, args.relabel is not None, args.finetune))
     refuse_another(out)
     state = checkpoint.load(args.weights) if args.weights else None
     if state is not None:
@@ -215,7 +215,7 @@ def begin(run: Run, arguments: list[str]):
     else can begin one there. UserError: somebody has."""
     refuse_another(run.out)
     checkpoint.save(run.state(), run.out / "last.pt")
-    write_json(run.out / "config.json", records.facts(run, arguments))
+    records.begin(run, arguments)
 
 
 def refuse_another(out: Path):
@@ -281,22 +281,6 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     return settled(run, args.compile)
 
 
-def finish(run: Run, arguments: list[str]):
-    """Complete the run's folder and say where the results are."""
-    records.write_history(run.out, run.history, run.title)
-    result = records.results(run.history, averaged=run.ema is not None)
-    path = run.out / "config.json"
-    try:
-        record = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # there is none, or a damaged one
-        record = records.facts(run, arguments)
-    write_json(path, record | {"result": result})
-    weights = "the weights' moving average" if run.ema is not None else "the weights"
-    print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
-          f"{result['best_epoch']}), {result['training_minutes']:.1f} minutes of training: {run.out}/best.pt, "
-          f"curves.png")
-
-
 def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device):
     """Print the accuracy of saved weights, ours or published. Writes nothing but the cache of a set in memory.
     UserError: no such weights, or of other classes than the set's."""
@@ -308,7 +292,8 @@ def evaluate_weights(args: argparse.Namespace, given: dict, device: torch.device
     config = checkpoint.config_of(state, path, args.eval_weights, needed=["subset", "data", "recipe", "classes"])
     if "config" in state:
         args.subset = args.subset or state["subset"]
-        args.data = args.data or (state["data"] if args.subset == state["subset"] else None)
+        own = args.subset == state["subset"] and state["data"] and Path(state["data"]).is_dir()
+        args.data = args.data or (state["data"] if own else None)  # others' weights: where this machine has the set
         recipe = replace(saved_recipe(state, path), **{"hold_out": 0.0} | given)  # val/, unless it is asked for
         recipe.check()
     else:
@@ -343,7 +328,10 @@ def train(args: argparse.Namespace, given: dict, device: torch.device, arguments
             return go_on(run, args, arguments)
     out = checkpoint_of(args).parent  # claimed before it is read: the run that wrote it may not have ended yet
     with claim(out) if distributed.is_main() and out.is_dir() else nullcontext():
-        return go_on(resumed_run(args, given, device), args, arguments)
+        run = resumed_run(args, given, device)
+        if run.rank == 0:
+            records.note_resumed(run)
+        return go_on(run, args, arguments)
 
 
 def go_on(run: Run, args: argparse.Namespace, arguments: list[str]) -> int:
@@ -355,14 +343,16 @@ def go_on(run: Run, args: argparse.Namespace, arguments: list[str]) -> int:
     log = records.StepLog(run, args.log_every, args.tensorboard)
     try:
         status = fit(run, records.command_line(resuming(args, run.out)), args.save_every, log)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         share = run.local_batch * run.accumulate
         more = next((parts for parts in range(run.accumulate + 1, share + 1) if share % parts == 0), None)
         parts = f"--accumulate {more} takes a batch in more parts, " if more else ""
-        raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the GPU's "
-                        f"memory: {parts}--checkpoint-maps needs less for each; --resume {run.out} goes on") from None
+        raise UserError(f"{run.local_batch} pictures of {run.recipe.img_size} px at once are too many for the memory: "
+                        f"{parts}--checkpoint-maps needs less for each; --resume {run.out} goes on") from None
     if status == 0 and run.rank == 0:
-        finish(run, arguments)
+        records.finish(run, arguments)
     return status
 
 
@@ -392,8 +382,10 @@ def main(arguments=None) -> int:
                 evaluate_weights(args, given, device)
                 return 0
             return train(args, given, device, arguments)
-        except torch.OutOfMemoryError:
-            raise UserError("the GPU's memory is too small: try a smaller --eval-batch-size or --img-size") from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError("the memory is too small: try a smaller --eval-batch-size or --img-size") from None
 
 
 if __name__ == "__main__":

@@ -143,6 +143,18 @@ def test_load_model(tmp_path):
         checkpoint.load_model(path)
 
 
+def test_an_older_file_lacks_the_newest_fields_of_the_model(pictures):
+    """They are as they were then; it is evaluated, trained on and explained."""
+    assert train.main(small(pictures, "--out", "run")) == 0
+    state = checkpoint.load("run/best.pt")
+    del state["config"]["unrefined"], state["recipe"]["unrefined"]
+    checkpoint.save(state, "old.pt")
+    assert train.main(["--eval", "--weights", "old.pt", "--device", "cpu"]) == 0
+    assert train.main(small(pictures, "--weights", "old.pt", "--out", "on")) == 0
+    photo = next((pictures / "val").rglob("*.png"))
+    assert explain.main([str(photo), "--weights", "old.pt", "--out", "out.png"]) == 0
+
+
 def test_small_weights_come_with_the_package_and_go_by_name(pictures, tmp_path, monkeypatch, capsys):
     """Matrices and kernels in bf16; taken in the place of a path: evaluated, trained on, explained."""
     assert train.main(small(pictures, "--ema", "0.9", "--out", "run")) == 0

@@ -71,6 +71,13 @@ def test_the_device_is_described_for_people():
     assert f"{torch.get_num_threads()} threads" in hardware.describe(CPU)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_the_memory_where_the_system_does_not_say_how_much(monkeypatch):
+    assert hardware.peak_memory(CPU) > 2**20
+    monkeypatch.setattr(hardware.Path, "read_text", lambda path: "VmRSS:\t  123 kB\n")
+    assert hardware.peak_memory(CPU) == 0
+
+
 def test_a_product_takes_some_time():
     assert all(0 < hardware.product_seconds(dtype) < 10 for dtype in (torch.bfloat16, torch.float32))
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import refiner_min
-from refiner_min import UserError, locked, replacing, run_command, seed_for, some
+from refiner_min import UserError, locked, out_of_memory, replacing, run_command, seed_for, some
 
 
 def test_seeds_are_the_same_on_every_machine_and_differ_by_stream_and_numbers():
@@ -31,14 +32,31 @@ def test_a_few_names_and_how_many_more():
     assert some(["a", "b", "c"]) == "a, b, c" and some(list("abcde")) == "a, b, c and 2 more"
 
 
-@pytest.mark.parametrize("raised, status", [(UserError("what"), 2), (KeyboardInterrupt(), 130)])
-def test_run_command(raised, status, capsys):
+@pytest.mark.parametrize("raised, status, said", [
+    (UserError("what"), 2, "error: what\n"), (KeyboardInterrupt(), 130, "interrupted\n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "error: the memory is too small for"),
+    (MemoryError(), 2, "error: the memory is too small for")])
+def test_run_command(raised, status, said, capsys):
     def main():
         raise raised
 
     with pytest.raises(SystemExit) as error:
         run_command(main)
-    assert error.value.code == status
+    assert error.value.code == status and capsys.readouterr().err.startswith(said)
+
+
+def test_other_errors_are_shown_as_they_are(capsys):
+    def main():
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_command(main)
+
+
+def test_a_cpu_says_in_other_words_that_its_memory_is_too_small():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(error.value) and not out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_two_that_write_one_file_do_not_meet(tmp_path):

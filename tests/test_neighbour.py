@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from refiner_min import neighbour
+from refiner_min import UserError, neighbour
 from refiner_min.model import Block
+from refiner_min.stopping import claim
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 
@@ -86,6 +87,25 @@ def test_the_record_is_of_all_runs_and_goes_on(tmp_path, monkeypatch):
     without_times = [line.rsplit(",", 1)[0] for line in whole.splitlines()]
     again = (tmp_path / "made" / "neighbour.csv").read_text().splitlines()
     assert [line.rsplit(",", 1)[0] for line in again] == without_times
+
+
+def test_mistakes_are_told(monkeypatch):
+    monkeypatch.setattr(neighbour, "RUNS", [])
+    Path("file").write_text("precious")
+    with pytest.raises(UserError, match="--out file cannot be made"):
+        neighbour.main(["--out", "file"])
+    assert Path("file").read_text() == "precious"
+    Path("other").mkdir()
+    for content in (b"a,b\n1,2\n", b"\xff\n"):
+        Path("other/neighbour.csv").write_bytes(content)
+        with pytest.raises(UserError, match="other/neighbour.csv was not written by this command"):
+            neighbour.main(["--out", "other"])
+        assert Path("other/neighbour.csv").read_bytes() == content
+    Path("folder/neighbour.csv").mkdir(parents=True)
+    with pytest.raises(UserError, match="--out folder: the record cannot be read or written"):
+        neighbour.main(["--out", "folder"])
+    with claim(Path("busy")), pytest.raises(UserError, match="another process is at work in busy"):
+        neighbour.main(["--out", "busy"])
 
 
 def test_the_record_is_whole():

@@ -76,7 +76,7 @@ def published_commands() -> list[list[str]]:
             if row.startswith("| ") and "torchrun" in row]
 
 
-@pytest.mark.parametrize("row, published", enumerate(PUBLISHED), ids=str)
+@pytest.mark.parametrize("row, published", list(enumerate(PUBLISHED)), ids=str)
 def test_the_commands_of_the_published_models_give_their_recipes(row, published):
     model, size, relabelled = published
     commands = published_commands()[row]

@@ -65,7 +65,25 @@ def test_facts_name_the_machine_the_versions_and_the_commit(pictures, monkeypatc
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", no_git)
+    records.package_commit.cache_clear()
     assert records.package_commit() is None
+    records.package_commit.cache_clear()
+
+
+def test_the_commit_is_that_of_the_package_and_says_when_it_is_not_clean(monkeypatch):
+    """What stands in the process was read when it began: it does not change with the folder."""
+    said = {"log": "c" * 40 + "\n", "status": ""}
+    monkeypatch.setattr(subprocess, "run", lambda words, **options: SimpleNamespace(stdout=said[words[1]]))
+    records.package_commit.cache_clear()
+    assert records.package_commit() == "c" * 40
+    said["status"] = " M model.py\n"
+    assert records.package_commit() == "c" * 40
+    records.package_commit.cache_clear()
+    assert records.package_commit() == "c" * 40 + "-dirty"
+    said["log"] = ""  # no repository
+    records.package_commit.cache_clear()
+    assert records.package_commit() is None
+    records.package_commit.cache_clear()
 
 
 def steps_of(out) -> list[dict]:
@@ -135,8 +153,9 @@ def test_tensorboard_is_told_the_same(pictures, monkeypatch):
     assert train.main(small(pictures, "--out", "run", "--log-every", "2", "--tensorboard")) == 0
     assert made == [("run/tensorboard", 1)]
     for row in steps_of("run"):
-        assert ("images_per_second", row["images_per_second"], row["step"]) in told
-    assert {words[2] for words in told if words[0] == "val_accuracy"} == {2, 4}
+        assert ("steps/images_per_second", row["images_per_second"], row["step"]) in told
+    assert {words[2] for words in told if words[0] == "epochs/val_accuracy"} == {2, 4}
+    assert len({words[::2] for words in told}) == len(told)  # of one name, one number a step
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="--tensorboard needs a package: pip install tensorboard"):
         train.main(small(pictures, "--out", "other", "--tensorboard"))

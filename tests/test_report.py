@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from refiner_min import report, study
+from refiner_min import plots, report, study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "notebooks" / "results"
@@ -84,6 +84,7 @@ def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
     known = {experiment.name for group in study.GROUPS for experiment in group.experiments} - {"neighbour"}
     assert {name for table in report.TABLES for name in table.rows.values()} == known
     assert all(label in table.rows for table in report.TABLES for label in table.against)
+    assert all(len(table.rows) <= len(plots.SERIES) for table in report.TABLES)  # which are the colours of its picture
 
 
 def test_the_written_page_is_that_of_the_records():
@@ -98,7 +99,8 @@ def test_the_rows_of_a_table_are_of_one_commit_one_recipe_and_one_number_format(
     records = report.load(RESULTS)
     for table in report.TABLES:
         rows = [run for name in table.rows.values() for run in records.get(name, {}).values()]
-        assert len({run["commit"] for run in rows}) <= 1, table.title
+        commits = {part["commit"] for run in rows for part in (run, *run.get("resumed", []))}
+        assert len(commits) <= 1 and all(re.fullmatch("[0-9a-f]{40}", commit) for commit in commits), table.title
         assert len({run["hardware"] for run in rows}) <= 1, table.title
         for field in ("epochs", "batch_size", "lr", "img_size", "amp", "subset"):
             assert len({json.dumps(run["recipe"].get(field, run["subset"])) for run in rows}) <= 1, table.title

@@ -68,6 +68,20 @@ def test_a_signal_while_the_processes_ask_each_other_is_not_lost(now, monkeypatc
         assert stop.agreed() and stop.signal == signal.SIGTERM
 
 
+def test_ctrl_c_is_handed_on_to_a_process_that_has_heard_of_it(now, monkeypatch):
+    """A machine's launcher may do so while its processes, which asked the others', save already."""
+    monkeypatch.setattr(stopping.distributed, "world", lambda: 2)
+    monkeypatch.setattr(stopping.distributed, "largest_over_processes", lambda number: signal.SIGINT)
+    with StopRequest() as stop:
+        assert stop.agreed()
+        now[0] += stopping.AGAIN
+        send(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        now[0] += 0.1
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
 def test_the_clock(now):
     clock = SaveClock(2.0)
     now[0] += 119

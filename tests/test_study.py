@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from refiner_min import UserError, checkpoint, study, train
+from refiner_min.records import package_commit
 from refiner_min.study import Experiment, Group, Planned
 from tests.runs import SMALL, rows_of
 
@@ -86,6 +87,11 @@ def test_a_repeated_run_is_compared_and_its_record_kept(toys, capsys):
     facts = json.loads(record.read_text())
     facts["result"]["accuracy"] += 0.25
     record.write_text(json.dumps(facts))
+    capsys.readouterr()
+    assert study.main(["--only", "linear-seed0"]) == 0  # nothing is compared with itself
+    assert capsys.readouterr().out == (
+        "linear-seed0: not run again, it is in runs/study/linear-seed0: remove that folder first\n")
+    shutil.rmtree(study.RUNS)
     assert study.main(["--only", "linear-seed0"]) == 0
     shown = capsys.readouterr().out
     assert ": -25.00 points; the record stays as it is" in shown and json.loads(record.read_text()) == facts
@@ -180,17 +186,19 @@ def test_the_neighbours_are_recorded_too(toys, monkeypatch, capsys):
 
 
 def test_the_speed_of_every_experiment_is_measured_in_turn(toys, monkeypatch):
-    turns = []
+    turns, tried = [], []
     timed = study.seconds_of
+    monkeypatch.setattr("refiner_min.compiling.step_seconds", tried.append)
+    monkeypatch.setattr("refiner_min.compiling.MANY", 0)  # no run is too short to be compiled
     monkeypatch.setattr(study.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(study, "seconds_of", lambda run, steps: turns.append(run.out.name) or timed(run, steps))
     monkeypatch.setattr(study.measure_speed, "__defaults__", (2, 3))
     assert study.main(["--speed"]) == 0
-    assert turns == ["plain", "refined", "linear"] * 4
+    assert turns == ["plain", "refined", "linear"] * 4 and not tried
     speed = json.loads((toys / "study-speed.json").read_text())
     assert speed["images_per_second"].keys() == {"plain", "refined", "linear"}
     assert all(value > 0 for value in speed["images_per_second"].values())
-    assert speed["hardware"] and speed["commit"] and not study.RUNS.exists()
+    assert speed["hardware"] and speed["commit"] == package_commit() and not study.RUNS.exists()
 
 
 def test_the_time_of_steps_is_that_of_training(toys, monkeypatch):

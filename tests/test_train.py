@@ -461,19 +461,32 @@ def test_in_parts_stopped_and_gone_on_with(pictures, monkeypatch, capsys, parts)
         assert_same_runs("whole", "stopped")
 
 
-def test_a_gpu_that_is_too_small_is_told_what_helps(pictures, monkeypatch):
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory")], ids=["GPU", "CPU"])
+def test_a_memory_that_is_too_small_is_told_what_helps(pictures, monkeypatch, raised):
     def full(run, *words):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise raised
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.Run, "train_step", full)
-        with pytest.raises(UserError, match="^5 pictures of 16 px at once are too many for the GPU's memory: "
+        with pytest.raises(UserError, match="^5 pictures of 16 px at once are too many for the memory: "
                                             "--accumulate 5 takes a batch in more parts, .* --resume big goes on"):
             train.main(small(pictures, "--out", "big", "--accumulate", "2"))
     assert train.main(["--resume", "big", "--device", "cpu", "--accumulate", "5"]) == 0
     monkeypatch.setattr(train, "evaluate", full)
-    with pytest.raises(UserError, match="the GPU's memory is too small: try a smaller --eval-batch-size"):
+    with pytest.raises(UserError, match="^the memory is too small: try a smaller --eval-batch-size"):
         train.main(small(pictures, "--out", "big", "--eval"))
+
+
+def test_the_first_process_chooses_the_number_format_for_all(pictures, monkeypatch):
+    def from_first(make):  # as another process hears it
+        monkeypatch.setattr(train.hardware, "hardware_amp", lambda device: "off")
+        return make()
+
+    monkeypatch.setattr(train.hardware, "hardware_amp", lambda device: "bf16")
+    assert run_of(pictures).recipe.amp == "bf16"
+    monkeypatch.setattr(train.distributed, "from_first", from_first)
+    assert run_of(pictures).recipe.amp == "off"
 
 
 def test_a_branch_that_is_off_stays_off(pictures, monkeypatch):
@@ -555,6 +568,18 @@ def test_two_runs_do_not_begin_in_one_folder(pictures, monkeypatch):
     with pytest.raises(UserError, match="run holds a run already"):
         train.main(small(pictures, "--out", "run"))
     assert checkpoint.load("run/last.pt")["recipe"]["seed"] == 1
+
+
+def test_evaluation_of_weights_from_elsewhere_takes_the_set_that_is_here(pictures, monkeypatch):
+    """The folder that they were trained on is where there is one, else the subset's own."""
+    assert train.main(small(pictures, "--out", "run")) == 0
+    state, asked = checkpoint.load("run/best.pt") | {"subset": "imagenette"}, []
+    monkeypatch.setattr(train, "open_subset", lambda args, *words: asked.append(args.data) or sys.exit())
+    for folder in (str(pictures), "data/of-another-machine"):
+        checkpoint.save(state | {"data": folder}, "best.pt")
+        with pytest.raises(SystemExit):
+            train.main(["--eval", "--weights", "best.pt", "--device", "cpu"])
+    assert asked == [str(pictures), None]
 
 
 def test_evaluation_of_the_run_that_resume_names(pictures, capsys):
@@ -677,7 +702,7 @@ def test_published_weights_are_evaluated_as_they_were(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row, published", enumerate(PUBLISHED), ids=str)
+@pytest.mark.parametrize("row, published", list(enumerate(PUBLISHED)), ids=str)
 def test_the_commands_of_the_published_models_run(row, published, tmp_path, monkeypatch):
     """Each row of the table, on a few generated pictures at 32 px, and 48 px where it fine-tunes: two steps each."""
     wnids = data.imagenet_wnids()[:3]
@@ -726,6 +751,24 @@ def test_numbers_of_processes_that_cannot_be_are_told_at_the_start(pictures, mon
     for words in commands[:2]:
         with pytest.raises(UserError, match="--batch-size 10 must be a multiple of the 3 processes"):
             train.main(words)
+
+
+def test_going_on_elsewhere_is_recorded(pictures, monkeypatch):
+    flags = small(pictures, "--out", "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert train.main(flags) == 143
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train.main(["--resume", "run", "--device", "cpu"]) == 143
+    made = json.loads(Path("run/config.json").read_text())
+    assert "resumed" not in made  # by the same, on the same
+    monkeypatch.setattr(train.records, "package_commit", lambda: "later")
+    for _ in range(2):  # the second time it is at its end
+        assert train.main(["--resume", "run", "--device", "cpu"]) == 0
+    record = json.loads(Path("run/config.json").read_text())
+    told = {"step": 2, "hardware": made["hardware"], "versions": made["versions"], "commit": "later"}
+    assert record.pop("result") and record == made | {"resumed": [told]}
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[1]"])
