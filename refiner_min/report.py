@@ -8,7 +8,7 @@ It imports plots.
 import csv
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class Table:
     title: str
     rows: dict[str, str]
     against: tuple[str, ...] = ("plain",)
+    beside: dict[str, str] = field(default_factory=dict)  # of another table and commit, to compare with, too
 
 
 def rows(prefix: str, labels: str) -> dict[str, str]:
@@ -40,8 +41,8 @@ TABLES = [
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
     Table("branch", "What is added to a map, and less of it: Imagenette, 64 px, depth 6",
           rows("imagenette-depth6", "plain sharing small-branch") | {"published": "imagenette-depth6-refined"}),
-    Table("normalised", "No branch, the shared map only normalised: Imagenette, 64 px, depth 6 (others: above)",
-          rows("imagenette-depth6", "normalised"), ()),
+    Table("normalised", "No branch, the shared map only normalised: Imagenette, 64 px, depth 6",
+          rows("imagenette-depth6", "normalised"), (), rows("imagenette-depth6", "plain refined sharing")),
     Table("scenes", "Digit scenes", rows("scenes", PARTS), ("plain", "deeper")),
     Table("tokens", "Token labels: Imagenette, 64 px, depth 6, refined",
           {"refined": "imagenette-depth6-refined"} | rows("imagenette-tokens", "picture maps mixtoken"), ("refined",)),
@@ -75,19 +76,24 @@ MEASURES = {  # heading: what stands there
 INTRODUCTION = """# What the refinement gains
 
 Written by `python -m refiner_min.study --report` from the records in this folder; a test holds it to them. Each row is
-an experiment of [study.py](../../refiner_min/study.py) with its flags; the rows of a table have the same recipe, epochs
-and seeds, and were run at the same commit and in the same number format. Accuracy is that of the weights' moving
-average after the last epoch: mean and standard deviation over seeds. A difference is in points, paired by seed, with
-its standard error; **bold** where it is larger than two of them. With three seeds that is a hint, no more. Images a
-second and minutes of training (without validation) are of a short measurement with nothing beside it ({speed}); without
-one they are left out: the runs themselves shared their two cores.
+an experiment of [study.py](../../refiner_min/study.py) with its flags; the rows of a table have the same recipe and
+epochs, and were run at the same commit and in the same number format. Accuracy is that of the weights' moving average
+after the last epoch: mean and standard deviation over seeds. A difference is in points, over the seeds that both have,
+paired, with its standard error; **bold** where it is larger than two of them. With three seeds that is a hint, no more.
+Images a second and minutes of training (without validation) are of a short measurement
+with nothing beside it ({speed}); without one they are left out: the runs themselves shared their two cores.
+
+plain: a ViT without refinement and sharing; deeper: one with more blocks; refined: as published, in the second block of
+each pair; expansion and convolution: that part alone; every-block: each block refines its own map; linear: the paper's
+form; sharing: pairs share the map as it is; small-branch: what is added to a map begins with a deviation of 0.02, and
+not of 1; normalised: nothing is added, the shared map goes through the last BatchNorm and its scale.
 
 The second table of each is of the same models over validation pictures, means over their blocks
 ([measures.py](../../refiner_min/measures.py) defines each): how alike the heads' maps are, and without their even part;
 how alike tokens are after the last block; entropy (1: even) and distance (patches) of attention; of the blocks that
 refine, the correlation of the refined map with the one that came in, the branch's share of the variance at the skip,
 and the cosine of the local kernels with what they began as (1: not learned; the first runs lack it); accuracy with the
-branch switched off after training, and with every refined map but a scaled copy of the one that came in.
+branch switched off after training, and with every refined map replaced by a scaled copy of the one that came in.
 """
 
 
@@ -160,7 +166,8 @@ def text(records: dict, speed: dict, neighbours: list[dict] = ()) -> str:
     parts = [INTRODUCTION.format(speed=hardware)]
     for table in TABLES:
         if there := recorded(table, records):
-            parts.append(section(table, there, speed["images_per_second"]))
+            beside = {label: records[name] for label, name in table.beside.items() if name in records}
+            parts.append(section(table, there, beside, speed["images_per_second"]))
     return "\n".join(parts + ([mechanism(neighbours)] if neighbours else []))
 
 
@@ -170,10 +177,10 @@ def recorded(table: Table, records: dict) -> dict[str, dict[int, dict]]:
     return there if there.keys() - set(table.against) else {}
 
 
-def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str:
-    """A table, its measures, its picture and its runs. there: {label: {seed: record}}."""
+def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, dict[int, dict]], speed: dict) -> str:
+    """A table, its measures, its picture and its runs. there, and beside: {label: {seed: record}}."""
     tokens = any("token_accuracy" in record["result"] for runs in there.values() for record in runs.values())
-    against = [label for label in table.against if label in there]
+    against = {label: there[label] for label in table.against if label in there} | beside
     heads = ["model", "seeds", "parameters", "accuracy", *(["of tokens"] if tokens else []),
              *(f"to {label}" for label in against), "img/s", "minutes"]
     lines = [row(heads), row(["---"] * len(heads))]
@@ -183,7 +190,7 @@ def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str
             label, len(runs), f"{first['parameters']:,}", spread([run["result"]["accuracy"] for run in runs.values()]),
             *([spread([run["result"]["token_accuracy"] for run in runs.values() if "token_accuracy" in run["result"]])]
               if tokens else []),
-            *(said(difference(runs, there[other])) if other != label else "-" for other in against),
+            *(said(difference(runs, other)) if other is not runs else "-" for other in against.values()),
             f"{images:.0f}" if images else "-", f"{minutes(first, images):.1f}" if images else "-"]))
     measured = {label: [run["measures"] for run in runs.values()] for label, runs in there.items()}
     lines += ["", row(["model", *MEASURES]), row(["---"] * (1 + len(MEASURES)))]
@@ -195,7 +202,8 @@ def section(table: Table, there: dict[str, dict[int, dict]], speed: dict) -> str
             for label, runs in there.items()]
     lines += ["", f"![](study-{table.name}.png)"]
     lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
-    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}:", ""]
+    others = f"; {', '.join(beside)}: the table above" if beside else ""
+    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}{others}:", ""]
     return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
 
 

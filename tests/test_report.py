@@ -67,6 +67,15 @@ def test_the_page_holds_what_is_recorded():
     assert "| refined | 1 | 1,234 | 50.0 % | - | +0.0 | - | - |" in text
 
 
+def test_rows_of_another_table_are_compared_with():
+    """Which are of another commit; a seed that only one of the two has does not count."""
+    text = report.text({"imagenette-depth6-plain": runs(0.60), "imagenette-depth6-normalised": runs(0.63, 0.65)},
+                       {"images_per_second": {}})
+    assert "| model | seeds | parameters | accuracy | to plain | img/s | minutes |" in text
+    assert "| normalised | 2 | 1,234 | 64.0 ± 1.4 % | +3.0 | - | - |" in text
+    assert "Commit ccccccc; a machine; plain: the table above:" in text
+
+
 def test_the_table_of_the_neighbours():
     def made(variant, blocks, steps, seed, accuracy, reached=""):
         return {"task": "right", "variant": variant, "blocks": str(blocks), "steps": str(steps), "seed": str(seed),
@@ -84,6 +93,7 @@ def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
     known = {experiment.name for group in study.GROUPS for experiment in group.experiments} - {"neighbour"}
     assert {name for table in report.TABLES for name in table.rows.values()} == known
     assert all(label in table.rows for table in report.TABLES for label in table.against)
+    assert all(name in known for table in report.TABLES for name in table.beside.values())
     assert all(len(table.rows) <= len(plots.SERIES) for table in report.TABLES)  # which are the colours of its picture
 
 
