@@ -35,8 +35,9 @@ def rows(prefix: str, labels: str) -> dict[str, str]:
 
 PARTS = "plain deeper refined expansion convolution every-block linear"
 TABLES = [
-    Table("depth12", "Imagenette, 64 px, depth 12",
-          rows("imagenette-depth12", "plain deeper refined expansion convolution every-block sharing"),
+    Table("depth12", "Imagenette, 64 px, depth 12", rows("imagenette-depth12", "plain refined")),
+    Table("parts12", "The parts: Imagenette, 64 px, depth 12, in float32",
+          rows("imagenette-parts12", "plain deeper refined normalised sharing expansion convolution every-block"),
           ("plain", "deeper")),
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
     Table("branch", "What is added to a map, and less of it: Imagenette, 64 px, depth 6",

@@ -70,18 +70,19 @@ def experiments(prefix: str, flags: str, minutes: dict[str, float], parts=PARTS)
 
 SHORT = f"{IMAGENETTE} --validate-every 4"
 DEEP = f"{IMAGENETTE} --depth 12"
+DEEP_PARTS = f"{SHORT} --depth 12 --amp off"
 LONG = f"{IMAGENETTE} --ema 0.998 --warmup-epochs 3 --validate-every 5"
 GROUPS = [
     Group("does a deep model learn more with its maps refined?",
           experiments("imagenette-depth12", DEEP, {"plain": 13, "refined": 18}), seeds=3),
     Group("which recipe for many epochs? Chosen on a tenth of the training pictures, held out, not on val/",
           experiments("recipe", f"{LONG} --hold-out 0.1 --epochs 40",
-                      dict.fromkeys(("preset", "cutmix", "mixing", "strong", "fast"), 30),
+                      dict.fromkeys(("preset", "cutmix", "mixing", "strong", "fast"), 50),
                       {"preset": "", "cutmix": "--cutmix 1", "mixing": "--mixup 0.8 --cutmix 1",
                        "strong": "--mixup 0.8 --cutmix 1 --drop-path 0.1 --crop-min 0.2 --colour 0.4 --erasing 0.25",
                        "fast": "--cutmix 1 --lr 2e-3"}), seeds=1),
     Group("how far does a small model get from scratch, refined and plain? Its weights come with the package",
-          experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 65, "plain": 50}), seeds=1),
+          experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 70, "plain": 50}), seeds=1),
     Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time; sharing: "
           "maps shared in pairs, not refined; small-branch: what is added to a map begins as large as trained maps, "
           "and not 50 times as large",
@@ -92,19 +93,23 @@ GROUPS = [
                                "deeper": "--no-refine --depth 8"}), seeds=3),
     Group("is it what is added to the map at all, at depth 6? normalised: the shared map and its BatchNorm, no branch",
           experiments("imagenette-depth6", SHORT, {"normalised": 15}, {"normalised": "--branch-scale 0"}), seeds=3),
-    Group("which part does it, at depth 12; sharing: maps shared in pairs, not refined",
-          experiments("imagenette-depth12", DEEP, {"deeper": 18, "expansion": 17, "convolution": 17, "every-block": 22,
-                                                   "sharing": 12},
-                      PARTS | {"deeper": "--no-refine --depth 17", "sharing": "--unrefined"}), seeds=3),
+    Group("what token labels add: a token head that learns the picture's label, then label maps, then MixToken",
+          experiments("imagenette-tokens", SHORT, {"picture": 16, "maps": 16, "mixtoken": 16},
+                      {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
+                       "mixtoken": f"--relabel {LABELS} --mix-token"}), seeds=3),
+    Group("is it what is added to the map, at depth 12, where the published form gains? Plain and refined repeat the "
+          "rows above, in float32, in which every machine can go on",
+          experiments("imagenette-parts12", DEEP_PARTS, {"plain": 24, "refined": 32, "normalised": 32, "sharing": 24},
+                      PARTS | {"normalised": "--branch-scale 0", "sharing": "--unrefined"}), seeds=3),
+    Group("which part does it, at depth 12; a deeper plain ViT takes the refined one's time",
+          experiments("imagenette-parts12", DEEP_PARTS, {"deeper": 34, "expansion": 30, "convolution": 30,
+                                                         "every-block": 40},
+                      PARTS | {"deeper": "--no-refine --depth 17"}), seeds=3),
     Group("which part does it where a token's label depends on its neighbours",
           experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),
     Group("the mechanism alone: what one refined block does, and how many plain ones it takes",
           [Experiment("neighbour", "", 15, command="neighbour")], seeds=1),
-    Group("what token labels add: a token head that learns the picture's label, then label maps, then MixToken",
-          experiments("imagenette-tokens", SHORT, {"picture": 9, "maps": 9, "mixtoken": 9},
-                      {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
-                       "mixtoken": f"--relabel {LABELS} --mix-token"}), seeds=3),
     Group("with half or twice the learning rate, at depth 6?",
           [experiment for lr in ("5e-4", "2e-3") for experiment in
            experiments(f"imagenette-depth6-lr{lr}", f"{SHORT} --lr {lr}", {"plain": 11, "refined": 16})],
