@@ -136,9 +136,9 @@ def test_what_is_said_of_six_blocks_is_recorded():
         assert 2 * error < found < 4.3 * error
     found, error = report.difference(refined, plain)
     assert abs(found) < 2 * error
-    seeds = {1: "One seed each speaks", 2: "Two seeds each speak", 3: "Three seeds each speak"}
-    assert f"{seeds[len(sharing)]} for it" in text and len(sharing) == len(small)
-    assert f"comes to {said(sharing, plain)}, and with" in text and f"maps are, to {said(small, plain)}." in text
+    seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}
+    assert f"comes to {said(sharing, plain)} ({seeds[len(sharing)]}), and with" in text
+    assert f"maps are, to {said(small, plain)} ({seeds[len(small)]})." in text
     first = {seed: normalised[seed] for seed in (0, 1)}
     assert f"After its first two seeds `normalised` stood at {said(first, plain)}," in text
     accuracy = statistics.mean(run["result"]["accuracy"] for run in refined.values())
