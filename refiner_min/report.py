@@ -167,8 +167,7 @@ def text(records: dict, speed: dict, neighbours: list[dict] = ()) -> str:
     parts = [INTRODUCTION.format(speed=hardware)]
     for table in TABLES:
         if there := recorded(table, records):
-            beside = {label: records[name] for label, name in table.beside.items() if name in records}
-            parts.append(section(table, there, beside, speed["images_per_second"]))
+            parts.append(section(table, there, others(table, records), speed["images_per_second"]))
     return "\n".join(parts + ([mechanism(neighbours)] if neighbours else []))
 
 
@@ -176,6 +175,11 @@ def recorded(table: Table, records: dict) -> dict[str, dict[int, dict]]:
     """The rows that are there, {label: {seed: record}}; none while these are but what others are compared with."""
     there = {label: records[name] for label, name in table.rows.items() if name in records}
     return there if there.keys() - set(table.against) else {}
+
+
+def others(table: Table, records: dict) -> dict[str, dict[int, dict]]:
+    """Those of other tables that it is compared with, as far as they are there, likewise."""
+    return {label: records[name] for label, name in table.beside.items() if name in records}
 
 
 def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, dict[int, dict]], speed: dict) -> str:
@@ -203,8 +207,8 @@ def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, d
             for label, runs in there.items()]
     lines += ["", f"![](study-{table.name}.png)"]
     lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
-    others = f"; {', '.join(beside)}: the table above" if beside else ""
-    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}{others}:", ""]
+    above = f"; {', '.join(beside)}: the table above" if beside else ""
+    lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}{above}:", ""]
     return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
 
 
@@ -281,8 +285,8 @@ def pictures(records: dict) -> dict:
     for table in TABLES:
         if there := recorded(table, records):
             figures[f"study-{table.name}.png"] = plots.lines(
-                {label: by_epoch(list(runs.values())) for label, runs in there.items()}, "epoch",
-                "validation accuracy (%)")
+                {label: by_epoch(list(runs.values())) for label, runs in (there | others(table, records)).items()},
+                "epoch", "validation accuracy (%)")
         if {"plain", "refined"} <= there.keys():
             figures[f"study-{table.name}-why.png"] = plots.maps_and_tokens(
                 {label: measured(there[label]) for label in ("plain", "refined")})

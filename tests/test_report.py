@@ -69,8 +69,10 @@ def test_the_page_holds_what_is_recorded():
 
 def test_rows_of_another_table_are_compared_with():
     """Which are of another commit; a seed that only one of the two has does not count."""
-    text = report.text({"imagenette-depth6-plain": runs(0.60), "imagenette-depth6-normalised": runs(0.63, 0.65)},
-                       {"images_per_second": {}})
+    records = {"imagenette-depth6-plain": runs(0.60), "imagenette-depth6-normalised": runs(0.63, 0.65)}
+    lines = report.pictures(records)["study-normalised.png"].axes[0].lines
+    assert [line.get_label() for line in lines] == ["normalised", "plain"]
+    text = report.text(records, {"images_per_second": {}})
     assert "| model | seeds | parameters | accuracy | to plain | img/s | minutes |" in text
     assert "| normalised | 2 | 1,234 | 64.0 ± 1.4 % | +3.0 | - | - |" in text
     assert "Commit ccccccc; a machine; plain: the table above:" in text
@@ -94,7 +96,8 @@ def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
     assert {name for table in report.TABLES for name in table.rows.values()} == known
     assert all(label in table.rows for table in report.TABLES for label in table.against)
     assert all(name in known for table in report.TABLES for name in table.beside.values())
-    assert all(len(table.rows) <= len(plots.SERIES) for table in report.TABLES)  # which are the colours of its picture
+    colours = len(plots.SERIES)  # of a table's picture
+    assert all(len(table.rows) + len(table.beside) <= colours for table in report.TABLES)
 
 
 def test_the_written_page_is_that_of_the_records():

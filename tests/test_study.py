@@ -186,15 +186,17 @@ def test_the_neighbours_are_recorded_too(toys, monkeypatch, capsys):
 
 
 def test_the_speed_of_every_experiment_is_measured_in_turn(toys, monkeypatch):
-    turns, tried = [], []
+    turns, tried, held = [], [], []
     timed = study.seconds_of
     monkeypatch.setattr("refiner_min.compiling.step_seconds", tried.append)
     monkeypatch.setattr("refiner_min.compiling.MANY", 0)  # no run is too short to be compiled
     monkeypatch.setattr(study.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(study, "seconds_of", lambda run, steps: turns.append(run.out.name) or timed(run, steps))
+    monkeypatch.setattr(study, "seconds_of", lambda run, steps: (
+        turns.append(run.out.name), held.append(run.subset), timed(run, steps))[-1])
     monkeypatch.setattr(study.measure_speed, "__defaults__", (2, 3))
     assert study.main(["--speed"]) == 0
     assert turns == ["plain", "refined", "linear"] * 4 and not tried
+    assert all(subset is held[0] for subset in held)  # their pictures are in memory once
     speed = json.loads((toys / "study-speed.json").read_text())
     assert speed["images_per_second"].keys() == {"plain", "refined", "linear"}
     assert all(value > 0 for value in speed["images_per_second"].values())
