@@ -24,31 +24,34 @@ from refiner_min.stopping import claim
 SYMBOLS, SIDE = 20, 4  # the row is as long as a grid of SIDE x SIDE is when it is flattened
 LENGTH = SIDE * SIDE
 BATCH, PEAK_LR, SHORT, LONG, LOOK_EVERY, TESTED = 128, 3e-3, 300, 3000, 20, 1000
-VARIANTS = {  # name: fields of RefinerConfig; every block refines its own map
+VARIANTS = {  # name: what NeighbourNet is given; every block refines its own map
     "plain": dict(refine=False),
     "expansion": dict(kernel_size=1),
     "convolution": dict(expand=1),
     "linear": dict(linear=True),
     "refined": {},
+    "faint-places": dict(refine=False, places=0.02),  # plain; a ViT's places begin so, but beside a stem's tokens
 }
+FORMS = [name for name in VARIANTS if name != "faint-places"]
 RUNS = [  # task, variant, blocks, steps
-    *(("right", name, 1, SHORT) for name in VARIANTS),
-    *(("below", name, 1, SHORT) for name in VARIANTS),
-    *(("right", name, blocks, LONG) for blocks in (1, 2, 3) for name in VARIANTS),
+    *(("right", name, 1, SHORT) for name in FORMS),
+    *(("below", name, 1, SHORT) for name in FORMS),
+    *(("right", name, blocks, LONG) for blocks in (1, 2, 3) for name in FORMS),
+    *(("right", "faint-places", blocks, LONG) for blocks in (2, 3)),  # where plain attention needs its places
 ]
 SEEDS = 5
 
 
 class NeighbourNet(nn.Module):
     """Blocks of the package between an embedding and a head: symbols (B, N), the class token's first -> logits (B, K).
-    fields: of RefinerConfig."""
+    places: the deviation that their vectors begin with, a symbol's begin with 1; fields: of RefinerConfig."""
 
-    def __init__(self, blocks: int = 1, **fields):
+    def __init__(self, blocks: int = 1, places: float = 1.0, **fields):
         super().__init__()
         self.config = RefinerConfig(img_size=2 * SIDE, patch_size=2, num_classes=SYMBOLS, dim=64, depth=blocks, heads=4,
                                     layer_scale=1.0, share=False, dense=False, **fields)
         self.symbols = nn.Embedding(SYMBOLS, self.config.dim)
-        self.position = nn.Parameter(0.02 * torch.randn(1, 1 + LENGTH, self.config.dim))
+        self.position = nn.Parameter(places * torch.randn(1, 1 + LENGTH, self.config.dim))
         self.blocks = nn.ModuleList(Block(self.config, index) for index in range(blocks))
         self.norm = nn.LayerNorm(self.config.dim)
         self.head = nn.Linear(self.config.dim, SYMBOLS)

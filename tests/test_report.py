@@ -86,9 +86,10 @@ def test_the_table_of_the_neighbours():
     text = report.text({}, {"images_per_second": {}}, [
         made("plain", 1, 300, 0, 0.06), made("plain", 1, 300, 1, 0.08), made("plain", 2, 3000, 0, 0.99, 500),
         made("plain", 2, 3000, 1, 0.99, 700), made("plain", 2, 3000, 2, 0.5), made("refined", 1, 300, 0, 1.0),
-        made("refined", 2, 3000, 0, 0.9)])
+        made("refined", 2, 3000, 0, 0.9), made("faint-places", 2, 3000, 0, 0.1), made("linear", 1, 300, 0, 1.0)])
     assert "| model | right, 300 steps | steps to 99 %, 2 blocks |" in text
     assert "| plain | 7.0 ± 1.4 % | 600 (2 of 3) |" in text and "| refined | 100.0 % | - (0 of 1) |" in text
+    assert "| faint-places | - | - (0 of 1) |" in text and "| linear | 100.0 % | - |" in text
 
 
 def test_every_experiment_is_in_a_table_and_every_table_of_experiments():
