@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
 from refiner_min.augment import normalise
 from refiner_min.checkpoint import config_of, load, load_weights, weights_of
@@ -53,7 +54,9 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
     blocks = [{name: sum(float(block[name]) for block in same) / count for name in same[0]} for same in zip(*of_blocks)]
     found = {"pictures": count, "token_similarity": (tokens / count).tolist(), "cka": moments.cka().tolist(),
              **{name: [block.get(name) for block in blocks] for name in blocks[-1] | blocks[0]}}
-    return rounded(found | ablations(model, lambda: evaluate(model, split, device, batch_size, folded=False).accuracy))
+    images = [normalise(batch.pictures) for batch in split.epoch(chosen, batch_size)]
+    return rounded(found | ablations(model, images, lambda network: evaluate(network, split, device, batch_size,
+                                                                             folded=False).accuracy))
 
 
 def measure_run(folder: Path, device: torch.device) -> dict:
@@ -151,11 +154,12 @@ def mean_distance(maps) -> torch.Tensor:
 
 
 def use_of_refinement(refinement, maps) -> dict[str, torch.Tensor]:
-    """same: the correlation of a refined map with the map that came in, mean over heads: 1 where the refinement only
-    scales and shifts it. With BatchNorm: branch_scale, the mean of the absolute scales of the one after the reduction,
-    which is the branch's deviation in training; map_deviation, that of the map it is added to; and branch_share, the
-    branch's part of the variance of the two."""
-    found = {"same": correlation(maps.raw, maps.refined)}
+    """same: the correlation of a refined map with the map that came in, mean over heads, signs and all: 1 where the
+    refinement only scales it by something positive and shifts it. gain: how many times the incoming map is in it, the
+    mean over heads of the absolute slopes of closest_copy. With BatchNorm: branch_scale, the mean of the absolute
+    scales of the one after the reduction, which is the branch's deviation in training; map_deviation, that of the map
+    it is added to; and branch_share, the branch's part of the variance of the two."""
+    found = {"same": correlation(maps.raw, maps.refined), "gain": slopes(maps.raw, maps.refined).abs().mean()}
     if refinement.norm is None:
         return found
     scale = refinement.reduce[1].weight.detach()  # (H,)
@@ -181,19 +185,26 @@ def correlation(one, other) -> torch.Tensor:
     return F.cosine_similarity(one, other, dim=2).mean()
 
 
+def slopes(incoming, refined) -> torch.Tensor:
+    """Of the least squares lines through the entries of maps before and after, (B, H, N, N) both, head by head over the
+    batch: (H, 1, 1)."""
+    dims = dict(dim=(0, 2, 3))
+    x, y = (maps - maps.mean(**dims, keepdim=True) for maps in (incoming, refined))
+    return ((x * y).mean(**dims) / x.square().mean(**dims))[:, None, None]
+
+
 def mean_of_branch(reduce, args, output):
-    """Hook on the reduction and its BatchNorm: what they give on average, so that the BatchNorm after the skip sees
-    what it is used to."""
+    """Hook on the reduction and its BatchNorm: what they give on average, and nothing else. The BatchNorm after the
+    skip sees the mean that it is used to, but where the branch was most of the deviation, a map that is far smaller."""
     return torch.zeros_like(output) + reduce[1].bias[:, None, None]
 
 
 def closest_copy(refinement, args, output):
     """Hook on the refinement: the map that came in, scaled and shifted, one scale and shift a head, to be as close to
-    the refined one as it can be over the batch (least squares)."""
+    the refined one as it can be over the batch (least squares). Its deviation is that of the refined one times their
+    correlation: where these have little in common, little is left."""
     dims = dict(dim=(0, 2, 3), keepdim=True)
-    mean, incoming = output.mean(**dims), args[0] - args[0].mean(**dims)
-    slope = (incoming * (output - mean)).mean(**dims) / incoming.square().mean(**dims)
-    return mean + slope * incoming
+    return output.mean(**dims) + slopes(args[0], output) * (args[0] - args[0].mean(**dims))
 
 
 @contextmanager
@@ -207,18 +218,23 @@ def changed(modules, hook):
             handle.remove()
 
 
-def ablations(model: RefinerViT, accuracy) -> dict[str, float | None]:
-    """accuracy() of the whole model, and with the refinement switched off in every block in one of two ways:
-    without_branch, nothing but the skip is left (None of the linear form, which has none); with_copies, refined maps
-    are but scaled copies of those that come in. None where nothing is refined."""
+def ablations(model: RefinerViT, images: list[torch.Tensor], accuracy) -> dict[str, float | None]:
+    """accuracy(model), and with the refinement switched off in every block: without_branch, nothing but the skip is
+    left, and without_branch_anew, the same with all BatchNorms' statistics taken anew over the batches of images, so
+    that the skip alone is as large as the two were (None of the linear form, which has no skip); with_copies, refined
+    maps are but scaled copies of those that come in. None where nothing is refined."""
     refinements = [block.attention.refinement for block in model.blocks if block.attention.refinement is not None]
-    found = {"accuracy": accuracy(), "accuracy_without_branch": None, "accuracy_with_copies": None}
+    found = {"accuracy": accuracy(model), "accuracy_without_branch": None, "accuracy_without_branch_anew": None,
+             "accuracy_with_copies": None}
     if refinements and not model.config.linear:
         with changed([refinement.reduce for refinement in refinements], mean_of_branch):
-            found["accuracy_without_branch"] = accuracy()
+            found["accuracy_without_branch"] = accuracy(model)
+            anew = deepcopy(model)  # with its hooks
+            update_bn(images, anew)
+            found["accuracy_without_branch_anew"] = accuracy(anew)
     if refinements:
         with changed(refinements, closest_copy):
-            found["accuracy_with_copies"] = accuracy()
+            found["accuracy_with_copies"] = accuracy(model)
     return found
 
 

@@ -10,6 +10,7 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -66,35 +67,46 @@ MEASURES = {  # heading: what stands there
     "heads alike": lambda measured: mean(measured["head_similarity"]),
     "without even part": lambda measured: mean(measured["head_similarity_centred"]),
     "tokens alike": lambda measured: measured["token_similarity"][-1],
-    "entropy": lambda measured: mean(measured["entropy"]),
-    "distance": lambda measured: mean(measured["distance"]),
-    "same map": lambda measured: mean(measured.get("same", [])),
+    "entropy": lambda measured: mean(not_refined(measured, "entropy")),
+    "distance": lambda measured: mean(not_refined(measured, "distance")),
+    "same map": lambda measured: mean([abs(value) for value in known(measured.get("same", []))]),
+    "gain": lambda measured: mean(measured.get("gain", [])),
     "branch's share": lambda measured: mean(measured.get("branch_share", [])),
     "kernels kept": lambda measured: mean(measured.get("kept_convolve", [])),
-    "branch off": lambda measured: measured["accuracy_without_branch"],
-    "copies": lambda measured: measured["accuracy_with_copies"],
 }
+ABLATIONS = {  # heading: the measure, an accuracy
+    "branch off": "accuracy_without_branch",
+    "branch off, BN anew": "accuracy_without_branch_anew",
+    "copies": "accuracy_with_copies",
+}
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # seeds: how many standard errors are half of a 95 % interval
 INTRODUCTION = """# What the refinement gains
 
 Written by `python -m refiner_min.study --report` from the records in this folder; a test holds it to them. Each row is
 an experiment of [study.py](../../refiner_min/study.py) with its flags; the rows of a table have the same recipe and
 epochs, and were run at the same commit and in the same number format. Accuracy is that of the weights' moving average
 after the last epoch: mean and standard deviation over seeds. A difference is in points, over the seeds that both have,
-paired, with its standard error; **bold** where it is larger than two of them. With three seeds that is a hint, no more.
-Images a second and minutes of training (without validation) are of a short measurement
-with nothing beside it ({speed}); without one they are left out: the runs themselves shared their two cores.
+paired, with its standard error; **bold** where zero lies outside the 95 % interval of so few seeds (Student's t: 12.7,
+4.3, 3.2, 2.8 standard errors of 2 to 5 seeds). Chance in the validation pictures is not in it. Images a second and
+minutes of training (without validation) are of a short measurement with nothing beside it ({speed}); without one they
+are left out: the runs themselves shared their two cores.
 
 plain: a ViT without refinement and sharing; deeper: one with more blocks; refined: as published, in the second block of
 each pair; expansion and convolution: that part alone; every-block: each block refines its own map; linear: the paper's
-form; sharing: pairs share the map as it is; small-branch: what is added to a map begins with a deviation of 0.02, and
-not of 1; normalised: nothing is added, the shared map goes through the last BatchNorm and its scale.
+form; sharing: pairs share the map as it is, and hand a part of it on to the next pair, as the refined one does too;
+small-branch: what is added to a map begins with a deviation of 0.02 (as trained maps have; untrained ones 0.001), and
+not of 1; normalised: nothing is added, the shared map goes through the last BatchNorm and its scale (the branch's
+parameters are there, and count, but do nothing).
 
 The second table of each is of the same models over validation pictures, means over their blocks
-([measures.py](../../refiner_min/measures.py) defines each): how alike the heads' maps are, and without their even part;
-how alike tokens are after the last block; entropy (1: even) and distance (patches) of attention; of the blocks that
-refine, the correlation of the refined map with the one that came in, the branch's share of the variance at the skip,
-and the cosine of the local kernels with what they began as (1: not learned; the first runs lack it); accuracy with the
-branch switched off after training, and with every refined map replaced by a scaled copy of the one that came in.
+([measures.py](../../refiner_min/measures.py) defines each; what a row's runs were not measured for is left out): how
+alike the heads' maps are, and without their even part; how alike tokens are after the last block; entropy (1: even) and
+distance (patches) of the maps that gather values unrefined; of the blocks that refine, the correlation of the refined
+map with the one that came in (its size), how many times that one is in it (gain), the branch's share of the variance at
+the skip, and the cosine of the local kernels with what they began as (they begin large, so the same steps turn them
+less than other weights). Then the accuracy, mean and deviation over seeds, with the branch switched off after training:
+as it stands, which leaves a small map where the branch was most of it; with BatchNorm's statistics taken anew, which
+makes up for that; and with every refined map replaced by a scaled copy of the one that came in.
 """
 
 
@@ -110,10 +122,19 @@ at 1 as the symbols' do: two plain blocks must find a token by its place, and do
 """
 
 
+def known(values: list) -> list:
+    return [value for value in values if value is not None]
+
+
 def mean(values: list) -> float | None:
-    """Of those that are there."""
-    there = [value for value in values if value is not None]
-    return statistics.mean(there) if there else None
+    """Of those that are known."""
+    return statistics.mean(known(values)) if known(values) else None
+
+
+def not_refined(measured: dict, name: str) -> list[float]:
+    """A measure of the blocks that gather with the map as it is: entries of one sign, which a refined one has not."""
+    return [value for value, same in zip(measured[name], measured.get("same") or [None] * len(measured[name]))
+            if same is None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,14 +170,27 @@ def load_neighbours(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def difference(one: dict[int, dict], other: dict[int, dict]) -> tuple[float, float | None] | None:
-    """The mean difference of two experiments in points over the seeds that both have, and its standard error, None of
-    one seed; None where no seed is in both."""
+class Difference(NamedTuple):
+    points: float  # the mean over the seeds
+    error: float | None  # its standard error; None of one seed
+    seeds: int
+
+    def outside(self) -> bool:
+        """Whether zero lies outside the 95 % interval of so few seeds."""
+        return self.seeds > 1 and abs(self.points) > STUDENT[self.seeds] * self.error
+
+    def __str__(self):
+        return f"{self.points:+.1f}" + (f" ± {self.error:.1f}" if self.seeds > 1 else "")
+
+
+def difference(one: dict[int, dict], other: dict[int, dict]) -> Difference | None:
+    """Of two experiments, over the seeds that both have; None where no seed is in both."""
     found = [100 * (one[seed]["result"]["accuracy"] - other[seed]["result"]["accuracy"])
              for seed in one if seed in other]
     if not found:
         return None
-    return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+    return Difference(statistics.mean(found), error, len(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,9 +234,11 @@ def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, d
             *(said(difference(runs, other)) if other is not runs else "-" for other in against.values()),
             f"{images:.0f}" if images else "-", f"{minutes(first, images):.1f}" if images else "-"]))
     measured = {label: [run["measures"] for run in runs.values()] for label, runs in there.items()}
-    lines += ["", row(["model", *MEASURES]), row(["---"] * (1 + len(MEASURES)))]
+    heads = ["model", *MEASURES, *ABLATIONS]
+    lines += ["", row(heads), row(["---"] * len(heads))]
     for label, found in measured.items():
-        lines.append(row([label, *(number(name, mean([of(one) for one in found])) for name, of in MEASURES.items())]))
+        lines.append(row([label, *(number(mean([of(one) for one in found])) for of in MEASURES.values()),
+                          *(spread(known([one.get(name) for one in found])) for name in ABLATIONS.values())]))
     commits = sorted({run["commit"][:7] for runs in there.values() for run in runs.values()})
     runs = [f"`{table.rows[label]}`: `{without_seed(next(iter(runs.values()))['command'])}`, seeds "
             + ", ".join(f"[{seed}]({table.rows[label]}-seed{seed}.json)" for seed in sorted(runs))
@@ -250,21 +286,14 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation} %"
 
 
-def said(found: tuple[float, float | None] | None) -> str:
-    """A difference with its standard error."""
+def said(found: Difference | None) -> str:
     if found is None:
         return "-"
-    value, error = found
-    if error is None:
-        return f"{value:+.1f}"
-    written = f"{value:+.1f} ± {error:.1f}"
-    return f"**{written}**" if abs(value) > 2 * error else written
+    return f"**{found}**" if found.outside() else str(found)
 
 
-def number(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}".replace("%", " %") if name in ("branch off", "copies") else f"{value:.3f}"
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def minutes(record: dict, images_per_second: float) -> float:

@@ -189,7 +189,8 @@ def run_all(runs: list[Planned]) -> int:
             print(f"{run.name}: not run, it wants a GPU")
             continue
         if run.record.exists() and finished(run):
-            print(f"{run.name}: not run again, it is in {run.out}: remove that folder first")
+            print(f"{run.name}: not run again, it is in {run.out}: remove that folder first", flush=True)
+            add_measures(run)
             continue
         print(f"\n{run.name}", flush=True)
         if "--relabel" in run.experiment.flags and not labels_are_made():
@@ -246,6 +247,20 @@ def record(run: Planned):
     shutil.copyfile(run.out / "metrics.csv", run.record.with_suffix(".csv"))
     write_json(run.record, found)
     print(f"{run.name}: accuracy {accuracy:.2%}, recorded in {run.record}", flush=True)
+
+
+def add_measures(run: Planned):
+    """To the record of a run whose folder is here still: those that it was made without, an earlier commit's."""
+    made, found = (json.loads(path.read_text()) for path in (run.out / "config.json", run.record))
+    if made["result"] != found["result"]:  # of a later run: not the model that is recorded
+        return
+    measured = measures.measure_run(run.out, hardware.choose_device(run.device))
+    added = {name: value for name, value in measured.items() if name not in found["measures"]}
+    if added:
+        found["measures"] |= added
+        found["measures_added"] = {"names": sorted(added), "commit": package_commit()}
+        write_json(run.record, found)
+        print(f"{run.name}: added to {run.record}: {', '.join(sorted(added))}", flush=True)
 
 
 def measure_speed(steps: int = 5, rounds: int = 9) -> dict:

@@ -83,10 +83,13 @@ def test_use_of_the_refinement():
     model = trained()
     image = torch.randn(4, 3, 16, 16)
     maps = model.attention_maps(image)[1]
+    maps = maps._replace(refined=maps.refined * torch.tensor([1, -1, 1])[:, None, None])  # slopes of both signs
     found = measures.use_of_refinement(model.blocks[1].attention.refinement, maps)
     pairs = [torch.corrcoef(torch.stack([maps.raw[b, h].flatten(), maps.refined[b, h].flatten()]))[0, 1]
              for b, h in itertools.product(range(4), range(3))]
     assert found["same"] == pytest.approx(float(sum(pairs) / len(pairs)), abs=1e-5)
+    lines = [line_through(maps.raw[:, head], maps.refined[:, head])[0] for head in range(3)]
+    assert found["gain"] == pytest.approx(sum(map(abs, lines)) / 3, rel=1e-4)
     scale = model.blocks[1].attention.refinement.reduce[1].weight.detach().abs()
     deviation = torch.stack([maps.raw[:, head].std() for head in range(3)])
     assert found["branch_scale"] == pytest.approx(float(scale.mean()))
@@ -109,6 +112,29 @@ def test_how_much_of_a_weight_is_what_it_began_as():
     assert measures.kept(trained(refine=False), trained(refine=False))["kept_convolve"] == [None] * 4
 
 
+def line_through(x, y) -> list[float]:
+    """Slope and shift of least squares."""
+    places = torch.stack([x.flatten(), torch.ones_like(x).flatten()], dim=1).double()
+    return torch.linalg.lstsq(places, y.flatten()[:, None].double()).solution.flatten().tolist()
+
+
+def test_a_branch_switched_off_with_statistics_taken_anew(split):
+    """The skip alone, normalised by its own deviation: of the model and in a copy, which is left as it was."""
+    model, images, seen = trained(), normalise(split.pictures), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def deviations(network) -> float:
+        maps, refinement = network.eval().attention_maps(images)[1], network.blocks[1].attention.refinement
+        seen.append(maps.refined.std(dim=(0, 2, 3)) / refinement.norm.weight.abs() / refinement.scale)
+        return 0.5
+
+    found = measures.ablations(model, list(images.split(20)), deviations)
+    assert set(found) == {f"accuracy{way}" for way in ("", "_without_branch", "_without_branch_anew", "_with_copies")}
+    _, off, anew, _ = seen
+    assert torch.allclose(anew, torch.ones(3), atol=0.05) and (off < 0.8).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_refinement_switched_off(split):
     model, images = trained(), normalise(split.pictures[:8])
     refinement = model.blocks[1].attention.refinement
@@ -120,10 +146,9 @@ def test_the_refinement_switched_off(split):
         assert torch.equal(model.attention_maps(images)[1].refined, refined)
     with measures.changed([refinement], measures.closest_copy):
         copied = refinement(maps.raw)
-    for head in range(3):  # least squares with a scale and a shift
-        x, y = maps.raw[:, head].flatten(), maps.refined[:, head].flatten()
-        fit = torch.linalg.lstsq(torch.stack([x, torch.ones_like(x)], dim=1).double(), y[:, None].double()).solution
-        assert torch.allclose(copied[:, head].flatten(), (fit[0] * x + fit[1]).float(), atol=1e-5)
+    for head in range(3):
+        slope, shift = line_through(maps.raw[:, head], maps.refined[:, head])
+        assert torch.allclose(copied[:, head], slope * maps.raw[:, head] + shift, atol=1e-5)
     assert torch.equal(model.attention_maps(images)[1].refined, maps.refined)  # and on again
 
 
@@ -140,7 +165,8 @@ def test_what_is_measured_of_a_model(overrides, split):
     refines = [block.attention.refinement is not None for block in model.blocks]
     assert [value is not None for value in found.get("same", [None] * 4)] == refines
     assert (found["accuracy_with_copies"] is not None) == any(refines)
-    assert (found["accuracy_without_branch"] is not None) == (any(refines) and not model.config.linear)
+    for name in ("accuracy_without_branch", "accuracy_without_branch_anew"):
+        assert (found[name] is not None) == (any(refines) and not model.config.linear)
     whole = measures.layers_of(model, normalise(split.pictures))
     assert torch.allclose(model.norm(whole[-1]), model.forward_features(normalise(split.pictures))[:, 1:], atol=1e-5)
     expected = [float(measures.token_similarity(layer)) for layer in whole]

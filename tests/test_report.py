@@ -1,11 +1,13 @@
 """report.py: the statistics against their formulas, and the written page against the records."""
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from refiner_min import plots, report, study
 
@@ -30,12 +32,32 @@ def runs(*accuracies: float) -> dict[int, dict]:
 
 
 def test_a_difference_is_paired_by_seed_with_its_standard_error():
-    found, error = report.difference(runs(0.62, 0.65, 0.69), runs(0.60, 0.64, 0.66))
-    assert found == pytest.approx(2.0) and error == pytest.approx(statistics.stdev([2, 1, 3]) / 3**0.5)
-    assert report.difference(runs(0.62, 0.65), {1: record(0.6, 1)}) == (pytest.approx(5.0), None)
+    found = report.difference(runs(0.62, 0.65, 0.69), runs(0.60, 0.64, 0.66))
+    assert found == (pytest.approx(2.0), pytest.approx(statistics.stdev([2, 1, 3]) / 3**0.5), 3)
+    assert report.difference(runs(0.62, 0.65), {1: record(0.6, 1)}) == (pytest.approx(5.0), None, 1)
     assert report.difference(runs(0.62), {1: record(0.6, 1)}) is None
-    assert report.said((2.0, 0.9)) == "**+2.0 ± 0.9**" and report.said((-2.0, 1.1)) == "-2.0 ± 1.1"
-    assert report.said((-0.5, None)) == "-0.5" and report.said(None) == "-"
+
+
+def test_a_difference_is_bold_outside_the_interval_of_so_few_seeds():
+    """Not by two standard errors alone, of which those of two or three seeds are worth little."""
+    for said, *found in (("**-2.0 ± 0.4**", -2.0, 0.4, 3), ("+2.0 ± 0.5", 2.0, 0.5, 3), ("-0.2 ± 0.0", -0.2, 0.02, 2),
+                         ("**-0.3 ± 0.0**", -0.3, 0.02, 2), ("**+2.0 ± 0.7**", 2.0, 0.7, 5), ("-0.5", -0.5, None, 1)):
+        assert report.said(report.Difference(*found)) == said
+    assert report.said(None) == "-"
+    for seeds, times in report.STUDENT.items():  # of Student's density, the middle 95 %
+        degrees, places = seeds - 1, torch.linspace(-times, times, 100001, dtype=torch.float64)
+        density = math.gamma(seeds / 2) / math.gamma(degrees / 2) / (math.pi * degrees) ** 0.5
+        inside = torch.trapezoid(density * (1 + places**2 / degrees) ** (-seeds / 2), places)
+        assert inside == pytest.approx(0.95, abs=3e-4)
+
+
+def test_measures_of_signed_maps_are_kept_apart():
+    """Entropy and distance are of blocks whose map is not refined; correlations of either sign do not cancel."""
+    measured = {"entropy": [0.2, 0.9, 0.4, 0.9], "distance": [1, 9, 2, 9], "same": [None, 0.5, None, -0.3]}
+    found = {name: report.MEASURES[name](measured) for name in ("entropy", "distance", "same map", "gain")}
+    assert found == {"entropy": pytest.approx(0.3), "distance": 1.5, "same map": pytest.approx(0.4), "gain": None}
+    assert report.MEASURES["entropy"]({"entropy": [0.2, 0.4]}) == pytest.approx(0.3)
+    assert report.MEASURES["entropy"]({"entropy": [0.2, 0.4], "same": [0.1, 0.2]}) is None
 
 
 def test_minutes_are_those_of_all_epochs_at_the_measured_speed():
@@ -52,7 +74,8 @@ def test_the_page_holds_what_is_recorded():
     assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | -1.0 | 50 | 2.0 |" in text
     assert "| deeper | 1 | 1,234 | 61.0 % | +1.0 | - | - | - |" in text
     assert "| refined | 2 | 1,234 | 71.0 ± 1.4 % | **+10.0 ± 0.0** | +9.0 | - | - |" in text
-    assert "| refined | 0.600 | 0.150 | 0.300 | 0.850 | 3.500 | 0.250 | 0.750 | 0.500 | 25.0 % | - |" in text
+    assert ("| refined | 0.600 | 0.150 | 0.300 | 0.900 | 4.000 | 0.250 | - | 0.750 | 0.500 | 25.0 ± 0.0 % | - | - |"
+            in text)
     assert "Commit ccccccc; a machine:" in text
     assert ("- `imagenette-parts12-refined`: `python -m refiner_min.train --depth 12`, seeds "
             "[0](imagenette-parts12-refined-seed0.json), [1](imagenette-parts12-refined-seed1.json)") in text
@@ -123,7 +146,7 @@ def test_the_rows_of_a_table_are_of_one_commit_one_recipe_and_one_number_format(
 def test_what_is_said_of_six_blocks_is_recorded():
     """In the first README and in notebook 5; the rows are of two commits, between which the plain ViT is the same."""
     def said(one, other) -> str:
-        return report.said(report.difference(one, other)).strip("*")
+        return str(report.difference(one, other))
 
     records = report.load(RESULTS)
     normalised, plain, refined, sharing, small = (records[f"imagenette-depth6-{label}"] for label in (
@@ -136,10 +159,10 @@ def test_what_is_said_of_six_blocks_is_recorded():
             f"`normalised` at {said(normalised, plain)};") in text
     assert f"adds its branch first; between these two lie {said(normalised, refined)}." in text
     for one, other in ((normalised, plain), (normalised, refined)):
-        found, error = report.difference(one, other)
-        assert 2 * error < found < 4.3 * error
-    found, error = report.difference(refined, plain)
-    assert abs(found) < 2 * error
+        found = report.difference(one, other)
+        assert 2 * found.error < found.points and not found.outside()
+    found = report.difference(refined, plain)
+    assert abs(found.points) < 2 * found.error
     seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}
     assert f"comes to {said(sharing, plain)} ({seeds[len(sharing)]}), and with" in text
     assert f"maps are, to {said(small, plain)} ({seeds[len(small)]})." in text

@@ -97,6 +97,25 @@ def test_a_repeated_run_is_compared_and_its_record_kept(toys, capsys):
     assert ": -25.00 points; the record stays as it is" in shown and json.loads(record.read_text()) == facts
 
 
+def test_measures_that_a_record_was_made_without_are_added(toys, capsys):
+    study.main(["--only", "linear"])
+    record = toys / "linear-seed0.json"
+    whole = json.loads(record.read_text())
+    lacking = dict(whole, measures={name: value for name, value in whole["measures"].items() if name != "gain"})
+    lacking["measures"]["accuracy"] = 0.123  # what is there is left as it is
+    record.write_text(json.dumps(lacking))
+    assert study.main(["--only", "linear-seed0"]) == 0
+    assert f"linear-seed0: added to {study.RESULTS}/linear-seed0.json: gain\n" in capsys.readouterr().out
+    added = {"names": ["gain"], "commit": whole["commit"]}
+    assert json.loads(record.read_text()) == lacking | {
+        "measures": lacking["measures"] | {"gain": whole["measures"]["gain"]}, "measures_added": added}
+    lacking["result"]["accuracy"] = 0.321  # of another run than the one that is in the folder
+    for facts in (json.loads(record.read_text()), lacking):
+        record.write_text(json.dumps(facts))
+        assert study.main(["--only", "linear-seed0"]) == 0
+        assert "added" not in capsys.readouterr().out and json.loads(record.read_text()) == facts
+
+
 def test_the_list_says_what_is_done_and_what_is_missing(toys, capsys):
     for seed in (0, 1):
         (toys / f"plain-seed{seed}.json").write_text("{}")
