@@ -143,6 +143,11 @@ def test_the_rows_of_a_table_are_of_one_commit_one_recipe_and_one_number_format(
             assert len({json.dumps(run["recipe"].get(field, run["subset"])) for run in rows}) <= 1, table.title
 
 
+def after(epoch: int, runs: dict[int, dict]) -> dict[int, dict]:
+    """The records as if they had ended after that epoch."""
+    return {seed: {"result": {"accuracy": run["curve"][run["epochs"].index(epoch)]}} for seed, run in runs.items()}
+
+
 def test_what_is_said_of_six_blocks_is_recorded():
     """In the first README and in notebook 5; the rows are of two commits, between which the plain ViT is the same."""
     def said(one, other) -> str:
@@ -153,8 +158,9 @@ def test_what_is_said_of_six_blocks_is_recorded():
         "normalised", "plain", "refined", "sharing", "small-branch"))
     assert normalised.keys() == plain.keys() == refined.keys() == {0, 1, 2}
     readme, text = ((ROOT / path).read_text() for path in ("README.md", "notebooks/05_full_training.ipynb"))
-    assert (f"with 6 blocks {said(refined, plain)}, its last BatchNorm without the rest\n"
-            f"{said(normalised, plain)}, three seeds each; with 6 blocks and 50 epochs") in readme
+    early = said(after(4, normalised), after(4, plain))
+    assert (f"with 6 blocks {said(refined, plain)}, its last BatchNorm without the\n"
+            f"rest {said(normalised, plain)} (after epoch 4: {early}).") in readme
     assert (f"three seeds each, the published refinement is at {said(refined, plain)} points from the plain ViT and "
             f"`normalised` at {said(normalised, plain)};") in text
     assert f"adds its branch first; between these two lie {said(normalised, refined)}." in text
@@ -166,6 +172,18 @@ def test_what_is_said_of_six_blocks_is_recorded():
     seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}
     assert f"comes to {said(sharing, plain)} ({seeds[len(sharing)]}), and with" in text
     assert f"maps are, to {said(small, plain)} ({seeds[len(small)]})." in text
+    assert (f"ahead of the plain ViT by {early}, {said(after(8, normalised), after(8, plain))} and "
+            f"{said(normalised, plain)}.") in text
+    deep = {kind: after(3, records[f"imagenette-depth12-{kind}"]) for kind in ("refined", "plain")}
+    assert f"in the same way, from {said(deep['refined'], deep['plain'])} after epoch 3," in text
+    deviation = report.difference(refined, plain).error * 3**0.5
+    assert f"has a deviation of {deviation:.1f} points over three seeds" in text
+    gains = {label: [gain for run in records[f"imagenette-depth6-{label}"].values()
+                     for gain in report.known(run["measures"]["gain"])] for label in ("normalised", "refined")}
+    assert f"by {min(gains['normalised']):.0f} to {max(gains['normalised']):.0f}, where sharing" in text
+    assert f"is found {min(gains['refined']):.1f} to {max(gains['refined']):.1f} times" in text
+    convolution = records["imagenette-depth6-convolution"]
+    assert f"BatchNorm, stands at {said(convolution, plain)} ({seeds[len(convolution)]})." in text
     first = {seed: normalised[seed] for seed in (0, 1)}
     assert f"After its first two seeds `normalised` stood at {said(first, plain)}," in text
     accuracy = statistics.mean(run["result"]["accuracy"] for run in refined.values())
