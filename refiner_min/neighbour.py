@@ -2,9 +2,9 @@
 
     row:   a class token that shows one of 16 symbols, and the 16 in random order, of 20     answer: its right neighbour
 Attention can look for the symbol that is shown, but that symbol's token does not know its neighbour; only a map that is
-convolved along the row hands the look on by one place. Ours. python -m refiner_min.neighbour records all of RUNS:
-neighbour.csv, a row a run, and neighbour.json, how and where it was made. It imports model, hardware, records
-and stopping.
+convolved along the row hands the look on by one place; or a second block, once the first has told each token what
+stands before it. Ours. python -m refiner_min.neighbour records all of RUNS: neighbour.csv, a row a run, and
+neighbour.json, how and where it was made. It imports model, hardware, records and stopping.
 """
 
 import argparse

@@ -58,6 +58,8 @@ TABLES = [
     Table("recipe", "Which recipe for many epochs: Imagenette, 64 px, 40 epochs, on a tenth of the training pictures",
           rows("recipe", "preset cutmix mixing strong fast"), ("preset",)),
     Table("headline", "The small model from scratch: Imagenette, 64 px, 50 epochs", rows("headline", "plain refined")),
+    Table("headline-normalised", "A head start or a better model: Imagenette, 64 px, 50 epochs",
+          rows("headline", "normalised"), (), rows("headline", "plain refined")),
     Table("128px", "Imagenette, 128 px, on a GPU",
           rows("imagenette-128px", "plain refined expansion convolution every-block linear")),
     Table("headline-128px", "S from scratch: Imagenette, 128 px, 200 epochs, on a GPU",
