@@ -112,7 +112,7 @@ GROUPS = [
           experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),
     Group("the mechanism alone: what one refined block does, and how many plain ones it takes",
-          [Experiment("neighbour", "", 15, command="neighbour")], seeds=1),
+          [Experiment("neighbour", "", 45, command="neighbour")], seeds=1),
     Group("with half or twice the learning rate, at depth 6?",
           [experiment for lr in ("5e-4", "2e-3") for experiment in
            experiments(f"imagenette-depth6-lr{lr}", f"{SHORT} --lr {lr}", {"plain": 11, "refined": 16})],

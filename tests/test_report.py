@@ -159,8 +159,8 @@ def test_what_is_said_of_six_blocks_is_recorded():
     assert normalised.keys() == plain.keys() == refined.keys() == {0, 1, 2}
     readme, text = ((ROOT / path).read_text() for path in ("README.md", "notebooks/05_full_training.ipynb"))
     early = said(after(4, normalised), after(4, plain))
-    assert (f"with 6 blocks {said(refined, plain)}, its last BatchNorm without the\n"
-            f"rest {said(normalised, plain)} (after epoch 4: {early}).") in readme
+    assert (f"(12 epochs, three seeds each, paired, standard error), with 6 blocks {said(refined, plain)}, its last "
+            f"BatchNorm without the rest\n{said(normalised, plain)} (after 4: {early});") in readme
     assert (f"three seeds each, the published refinement is at {said(refined, plain)} points from the plain ViT and "
             f"`normalised` at {said(normalised, plain)};") in text
     assert f"adds its branch first; between these two lie {said(normalised, refined)}." in text
