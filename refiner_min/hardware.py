@@ -67,17 +67,21 @@ def bf16_pays() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return False
-    return product_seconds(torch.bfloat16) < product_seconds(torch.float32)
+    half, single = product_seconds(torch.bfloat16, torch.float32)
+    return half < single
 
 
-def product_seconds(dtype: torch.dtype) -> float:
-    """The time of a matrix product on the CPU at its fastest. (Without a GPU torch.utils.benchmark warns.)"""
-    matrix, found = torch.ones(1024, 1024, dtype=dtype), []
-    for _ in range(8):
-        started = time.perf_counter()
-        torch.mm(matrix, matrix)
-        found.append(time.perf_counter() - started)
-    return min(found)
+def product_seconds(*dtypes: torch.dtype) -> list[float]:
+    """The time of a matrix product on the CPU in each format, at its fastest; in turns, so that what else the machine
+    does meanwhile slows none of them alone. (Without a GPU torch.utils.benchmark warns.)"""
+    matrices, found = [torch.ones(1024, 1024, dtype=dtype) for dtype in dtypes], []
+    for _ in range(16):
+        found.append([])
+        for matrix in matrices:
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            found[-1].append(time.perf_counter() - started)
+    return [min(times) for times in zip(*found)]
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

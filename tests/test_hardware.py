@@ -1,5 +1,6 @@
 """hardware.py: the device that is asked for, its number format, and the cores that may be used."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -61,10 +62,20 @@ def test_autocast(amp, dtype):
 def test_bf16_where_the_processor_is_faster_in_it(capabilities, seconds, amp, monkeypatch):
     """What has no instructions for it is not even tried."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(hardware, "product_seconds", lambda dtype: seconds[dtype == torch.float32])
+    monkeypatch.setattr(hardware, "product_seconds",
+                        lambda *dtypes: [seconds[dtype == torch.float32] for dtype in dtypes])
     hardware.bf16_pays.cache_clear()
     assert hardware.hardware_amp(CPU) == amp
     hardware.bf16_pays.cache_clear()
+
+
+def test_formats_are_timed_in_turns(monkeypatch):
+    """A moment in which something else runs, most of one format's products long, does not decide between them."""
+    multiplied, times = [], itertools.chain.from_iterable((0, 10 if 5 <= product < 20 else 1) for product in range(32))
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(torch, "mm", lambda one, other: multiplied.append(one.dtype))
+    assert hardware.product_seconds(torch.bfloat16, torch.float32) == [1, 1]
+    assert multiplied == [torch.bfloat16, torch.float32] * 16
 
 
 def test_the_device_is_described_for_people():
@@ -79,7 +90,7 @@ def test_the_memory_where_the_system_does_not_say_how_much(monkeypatch):
 
 
 def test_a_product_takes_some_time():
-    assert all(0 < hardware.product_seconds(dtype) < 10 for dtype in (torch.bfloat16, torch.float32))
+    assert all(0 < seconds < 10 for seconds in hardware.product_seconds(torch.bfloat16, torch.float32))
 
 
 @pytest.mark.parametrize("cores, processes, workers", [(2, None, 2), (64, None, 16), (64, 8, 8), (4, 8, 1)])
