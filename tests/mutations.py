@@ -347,7 +347,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
      "(\"train\", \"val\")", "train"),
     ("validation keeps its workers", "data", "keep_workers=name == \"train\"", "keep_workers=True", "splits"),
     ("a stream is moved in place", "splits", "there = copy(self)", "there = self"),
-    ("one number format timed after the other", "hardware", "for matrix in matrices:", "for matrix in matrices[:1] * 2:"),
+    ("one number format timed", "hardware", "for matrix in matrices:", "for matrix in matrices[:1] * 2:"),
     ("workers for all of the machine's cores", "hardware", "return len(os.sched_getaffinity(0))",
      "return os.cpu_count()"),
     ("the first of equally good epochs", "records", "key=lambda row: (row[\"val_accuracy\"], row[\"epoch\"])",
