@@ -54,13 +54,6 @@ def test_a_convolved_map_finds_the_neighbour_and_a_plain_one_does_not():
         assert reached < 0.15
 
 
-@pytest.mark.slow
-def test_two_plain_blocks_find_it_later_if_they_can_tell_places():
-    """The depth that is the other way to it; an unfair start (places fainter than symbols) hides it."""
-    *_, (step, reached) = neighbour.train(neighbour.make("plain", blocks=2), steps=neighbour.LONG, until=0.99)
-    assert reached >= 0.99 and step > 2 * neighbour.SHORT
-
-
 def test_training_repeats_ends_at_an_accuracy_and_leaves_testing_out_of_chance():
     one, other = (list(neighbour.train(neighbour.make("plain"), seed=3, steps=40)) for _ in range(2))
     assert one == other and [step for step, _ in one] == [20, 40]
