@@ -108,8 +108,9 @@ distance (patches) of the maps that gather values unrefined; of the blocks that 
 map with the one that came in (its size), how many times that one is in it (gain), the branch's share of the variance at
 the skip, and the cosine of the local kernels with what they began as (they begin large, so the same steps turn them
 less than other weights). Then the accuracy, mean and deviation over seeds, with the branch switched off after training:
-as it stands, which leaves a small map where the branch was most of it; with BatchNorm's statistics taken anew, which
-makes up for that; and with every refined map replaced by a scaled copy of the one that came in.
+as it stands, which leaves a small map where the branch was most of it; with BatchNorm's statistics taken anew over
+validation pictures, which makes up for that (and gains a little by itself, as normalised shows); and with every refined
+map replaced by a scaled copy of the one that came in.
 """
 
 
