@@ -42,9 +42,9 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
     """
     model, split = model.to(device).eval(), split.to(device)
     chosen = torch.linspace(0, len(split) - 1, min(PICTURES, len(split))).round().long()
+    batches = [normalise(batch.pictures) for batch in split.epoch(chosen, batch_size)]
     of_blocks, tokens, moments, count = [], 0, Moments(), 0
-    for batch in split.epoch(chosen, batch_size):
-        images = normalise(batch.pictures)
+    for images in batches:
         layers = layers_of(model, images)  # depth + 1 times (B, N-1, C)
         measured = [measure_block(block, maps) for block, maps in zip(model.blocks, model.attention_maps(images))]
         of_blocks.append([{name: value * len(images) for name, value in block.items()} for block in measured])
@@ -54,9 +54,8 @@ def measure(model: RefinerViT, split, device: torch.device, batch_size: int = 64
     blocks = [{name: sum(float(block[name]) for block in same) / count for name in same[0]} for same in zip(*of_blocks)]
     found = {"pictures": count, "token_similarity": (tokens / count).tolist(), "cka": moments.cka().tolist(),
              **{name: [block.get(name) for block in blocks] for name in blocks[-1] | blocks[0]}}
-    images = [normalise(batch.pictures) for batch in split.epoch(chosen, batch_size)]
-    return rounded(found | ablations(model, images, lambda network: evaluate(network, split, device, batch_size,
-                                                                             folded=False).accuracy))
+    return rounded(found | ablations(model, batches, lambda network: evaluate(network, split, device, batch_size,
+                                                                              folded=False).accuracy))
 
 
 def measure_run(folder: Path, device: torch.device) -> dict:
@@ -218,11 +217,11 @@ def changed(modules, hook):
             handle.remove()
 
 
-def ablations(model: RefinerViT, images: list[torch.Tensor], accuracy) -> dict[str, float | None]:
+def ablations(model: RefinerViT, batches: list[torch.Tensor], accuracy) -> dict[str, float | None]:
     """accuracy(model), and with the refinement switched off in every block: without_branch, nothing but the skip is
-    left, and without_branch_anew, the same with all BatchNorms' statistics taken anew over the batches of images, so
-    that the skip alone is as large as the two were (None of the linear form, which has no skip); with_copies, refined
-    maps are but scaled copies of those that come in. None where nothing is refined."""
+    left, and without_branch_anew, the same with all BatchNorms' statistics taken anew over batches of images, so that
+    the skip alone is as large as the two were (None of the linear form, which has no skip); with_copies, refined maps
+    are but scaled copies of those that come in. None where nothing is refined."""
     refinements = [block.attention.refinement for block in model.blocks if block.attention.refinement is not None]
     found = {"accuracy": accuracy(model), "accuracy_without_branch": None, "accuracy_without_branch_anew": None,
              "accuracy_with_copies": None}
@@ -230,7 +229,9 @@ def ablations(model: RefinerViT, images: list[torch.Tensor], accuracy) -> dict[s
         with changed([refinement.reduce for refinement in refinements], mean_of_branch):
             found["accuracy_without_branch"] = accuracy(model)
             anew = deepcopy(model)  # with its hooks
-            update_bn(images, anew)
+            for block in anew.blocks:
+                block.drop_path.p = 0.0  # update_bn puts all of it into training mode
+            update_bn(batches, anew)
             found["accuracy_without_branch_anew"] = accuracy(anew)
     if refinements:
         with changed(refinements, closest_copy):

@@ -81,8 +81,8 @@ ABLATIONS = {  # heading: the measure, an accuracy
     "branch off, BN anew": "accuracy_without_branch_anew",
     "copies": "accuracy_with_copies",
 }
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # seeds: how
-# many standard errors are half of a 95 % interval
+# {seeds: how many standard errors are half of a 95 % interval}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 INTRODUCTION = """# What the refinement gains
 
 Written by `python -m refiner_min.study --report` from the records in this folder; a test holds it to them. Each row is

@@ -135,6 +135,14 @@ def test_a_branch_switched_off_with_statistics_taken_anew(split):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_chance_has_no_part_in_what_is_measured(split):
+    model, images, seen = trained(drop_path=0.8), normalise(split.pictures), []
+    for _ in range(2):
+        measures.ablations(model, [images], lambda network: seen.append(network.eval()(images)))
+    assert len(seen) == 8 and all(torch.equal(*pair) for pair in zip(seen[:4], seen[4:]))
+    assert model.blocks[3].drop_path.p == pytest.approx(0.8)
+
+
 def test_the_refinement_switched_off(split):
     model, images = trained(), normalise(split.pictures[:8])
     refinement = model.blocks[1].attention.refinement
