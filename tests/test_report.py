@@ -182,8 +182,12 @@ def test_what_is_said_of_six_blocks_is_recorded():
                      for gain in report.known(run["measures"]["gain"])] for label in ("normalised", "refined")}
     assert f"by {min(gains['normalised']):.0f} to {max(gains['normalised']):.0f}, where sharing" in text
     assert f"is found {min(gains['refined']):.1f} to {max(gains['refined']):.1f} times" in text
-    convolution = records["imagenette-depth6-convolution"]
-    assert f"BatchNorm, stands at {said(convolution, plain)} ({seeds[len(convolution)]})." in text
+    parts = [records[f"imagenette-depth6-{label}"] for label in ("expansion", "convolution", "deeper")]
+    assert all(len(part) == 3 for part in parts)
+    expansion, convolution, deeper = (said(part, plain) for part in parts)
+    assert f"BatchNorm, stand at {expansion} and {convolution} (three seeds each):" in text
+    assert f"of eight blocks comes to {deeper}," in text
+    assert all(report.difference(part, plain).points < 0 for part in parts)
     first = {seed: normalised[seed] for seed in (0, 1)}
     assert f"After its first two seeds `normalised` stood at {said(first, plain)}," in text
     accuracy = statistics.mean(run["result"]["accuracy"] for run in refined.values())
