@@ -344,7 +344,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help=f"write {RESULTS}/study.md and its pictures from what is "
                         "recorded, and stop")
     parser.add_argument("--speed", action="store_true", help=f"measure the images a second of every experiment, with "
-                        f"nothing beside it: {RESULTS}/{report.SPEED}, and stop")
+                        f"nothing beside it (half an hour, 16 GB): {RESULTS}/{report.SPEED}, and stop")
     args = parser.parse_args(arguments)
     if args.minutes is not None and not 0 < args.minutes <= 10**6:  # nan is neither
         raise UserError(f"--minutes {args.minutes:g} must be above 0 and at most 1000000")
