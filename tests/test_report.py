@@ -186,7 +186,12 @@ def test_what_is_said_of_six_blocks_is_recorded():
     assert all(len(part) == 3 for part in parts)
     expansion, convolution, deeper = (said(part, plain) for part in parts)
     assert f"BatchNorm, stand at {expansion} and {convolution} (three seeds each):" in text
-    assert f"of eight blocks comes to {deeper}," in text
+    speed = report.load_speed(RESULTS)["images_per_second"]
+    six, same, eight = (speed[f"imagenette-depth6-{label}"] for label in ("plain", "refined", "deeper"))
+    assert (f"the refined one's time ({eight:.0f} and {same:.0f} pictures a second on two cores with nothing beside "
+            f"them; six plain blocks {six:.0f}), comes to {deeper}, and") in text
+    assert 0.9 < same / eight < 1.1  # or the deeper row needs another depth
+    assert f"at equal time the refined one stands at {said(refined, records['imagenette-depth6-deeper'])}." in text
     assert all(report.difference(part, plain).points < 0 for part in parts)
     first = {seed: normalised[seed] for seed in (0, 1)}
     assert f"After its first two seeds `normalised` stood at {said(first, plain)}," in text
