@@ -36,10 +36,11 @@ def rows(prefix: str, labels: str) -> dict[str, str]:
 
 PARTS = "plain deeper refined expansion convolution every-block linear"
 TABLES = [
-    Table("depth12", "Imagenette, 64 px, depth 12", rows("imagenette-depth12", "plain refined")),
-    Table("parts12", "The parts: Imagenette, 64 px, depth 12, in float32",
-          rows("imagenette-parts12", "plain deeper refined normalised sharing expansion convolution every-block"),
+    Table("depth12", "Imagenette, 64 px, depth 12",
+          rows("imagenette-depth12", "plain deeper refined sharing expansion convolution every-block"),
           ("plain", "deeper")),
+    Table("normalised12", "No branch, the shared map only normalised: Imagenette, 64 px, depth 12",
+          rows("imagenette-depth12", "normalised"), (), rows("imagenette-depth12", "plain refined sharing")),
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
     Table("branch", "What is added to a map, and less of it: Imagenette, 64 px, depth 6",
           rows("imagenette-depth6", "plain sharing small-branch") | {"published": "imagenette-depth6-refined"}),

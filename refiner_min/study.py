@@ -70,7 +70,6 @@ def experiments(prefix: str, flags: str, minutes: dict[str, float], parts=PARTS)
 
 SHORT = f"{IMAGENETTE} --validate-every 4"
 DEEP = f"{IMAGENETTE} --depth 12"
-DEEP_PARTS = f"{SHORT} --depth 12 --amp off"
 LONG = f"{IMAGENETTE} --ema 0.998 --warmup-epochs 3 --validate-every 5"
 GROUPS = [
     Group("does a deep model learn more with its maps refined?",
@@ -100,14 +99,12 @@ GROUPS = [
           experiments("imagenette-tokens", SHORT, {"picture": 16, "maps": 16, "mixtoken": 16},
                       {"picture": "--dense-weight 0.5", "maps": f"--relabel {LABELS}",
                        "mixtoken": f"--relabel {LABELS} --mix-token"}), seeds=3),
-    Group("is it what is added to the map, at depth 12, where the published form gains? Plain and refined repeat the "
-          "rows above, in float32, in which every machine can go on",
-          experiments("imagenette-parts12", DEEP_PARTS, {"plain": 24, "refined": 32, "normalised": 32, "sharing": 24},
-                      PARTS | {"normalised": "--branch-scale 0", "sharing": "--unrefined"}), seeds=3),
+    Group("is it what is added to the map, at depth 12, where the published form gains?",
+          experiments("imagenette-depth12", DEEP, {"normalised": 17}, {"normalised": "--branch-scale 0"}), seeds=3),
     Group("which part does it, at depth 12; a deeper plain ViT takes the refined one's time",
-          experiments("imagenette-parts12", DEEP_PARTS, {"deeper": 34, "expansion": 30, "convolution": 30,
-                                                         "every-block": 40},
-                      PARTS | {"deeper": "--no-refine --depth 17"}), seeds=3),
+          experiments("imagenette-depth12", DEEP, {"sharing": 12, "deeper": 18, "expansion": 17, "convolution": 17,
+                                                   "every-block": 22},
+                      PARTS | {"sharing": "--unrefined", "deeper": "--no-refine --depth 17"}), seeds=3),
     Group("which part does it where a token's label depends on its neighbours",
           experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),

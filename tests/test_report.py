@@ -65,10 +65,10 @@ def test_minutes_are_those_of_all_epochs_at_the_measured_speed():
 
 
 def test_the_page_holds_what_is_recorded():
-    records = {"imagenette-parts12-plain": runs(0.60, 0.62), "imagenette-parts12-refined": runs(0.70, 0.72),
-               "imagenette-parts12-deeper": runs(0.61)}
+    records = {"imagenette-depth12-plain": runs(0.60, 0.62), "imagenette-depth12-refined": runs(0.70, 0.72),
+               "imagenette-depth12-deeper": runs(0.61)}
     text = report.text(records, {"hardware": "two cores", "commit": "abcdefgh", "images_per_second": {
-        "imagenette-parts12-plain": 50.0}})
+        "imagenette-depth12-plain": 50.0}})
     assert "nothing beside it (two cores, commit abcdefg)" in text and "## Digit scenes" not in text
     assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | +0.0 | 50 | 2.0 |" not in text  # against deeper: seed 0 alone
     assert "| plain | 2 | 1,234 | 61.0 ± 1.4 % | - | -1.0 | 50 | 2.0 |" in text
@@ -77,11 +77,11 @@ def test_the_page_holds_what_is_recorded():
     assert ("| refined | 0.600 | 0.150 | 0.300 | 0.900 | 4.000 | 0.250 | - | 0.750 | 0.500 | 25.0 ± 0.0 % | - | - |"
             in text)
     assert "Commit ccccccc; a machine:" in text
-    assert ("- `imagenette-parts12-refined`: `python -m refiner_min.train --depth 12`, seeds "
-            "[0](imagenette-parts12-refined-seed0.json), [1](imagenette-parts12-refined-seed1.json)") in text
+    assert ("- `imagenette-depth12-refined`: `python -m refiner_min.train --depth 12`, seeds "
+            "[0](imagenette-depth12-refined-seed0.json), [1](imagenette-depth12-refined-seed1.json)") in text
     figures = report.pictures(records)
-    assert figures.keys() == {"study-parts12.png", "study-parts12-why.png"}
-    assert list(figures["study-parts12.png"].axes[0].lines[0].get_xdata()) == [5, 10]  # when they were validated
+    assert figures.keys() == {"study-depth12.png", "study-depth12-why.png"}
+    assert list(figures["study-depth12.png"].axes[0].lines[0].get_xdata()) == [5, 10]  # when they were validated
     assert "## Token labels" not in report.text({"imagenette-depth6-refined": runs(0.7)}, {"images_per_second": {}})
     assert "not made yet" in report.text(records, report.load_speed(Path("nowhere")))
     tokens = {"scenes-plain": {0: record(0.5, token_accuracy=0.25)}, "scenes-refined": runs(0.5)}
