@@ -202,6 +202,24 @@ def test_what_is_said_of_six_blocks_is_recorded():
     assert f"{minutes:.0f} minutes of training, {100 * accuracy:.0f} % (three seeds" in text
 
 
+def test_what_is_said_of_token_labels_is_recorded():
+    """In notebook 5. Rows of one seed have no standard error yet."""
+    records = report.load(RESULTS)
+    plain, refined = (records[f"imagenette-depth6-{label}"] for label in ("plain", "refined"))
+    picture, maps, mixed = (records[f"imagenette-tokens-{label}"] for label in ("picture", "maps", "mixtoken"))
+    assert [len(runs) for runs in (plain, refined, picture, maps, mixed)] == [3, 3, 2, 1, 1]
+    text = (ROOT / "notebooks/05_full_training.ipynb").read_text()
+    found = report.difference(plain, refined)
+    assert (f"plain ViT is ahead of the refiner by {found.points:.1f} ± {found.error:.1f} points: within two standard "
+            f"errors") in text and 0 < found.points < 2 * found.error
+    found = report.difference(picture, refined)
+    assert f"the refiner is: {found.points:.1f} ± {found.error:.1f} points from it, with the two seeds" in text
+    assert report.difference({0: picture[0]}, refined).points < 0 < report.difference({1: picture[1]}, refined).points
+    assert (f"maps are {report.difference(maps, refined).points:.1f} points above the refiner of the same seed, and "
+            f"MixToken with them {-report.difference(mixed, refined).points:.1f} below.") in text
+    assert f"the maps are {report.difference(maps, picture).points:.1f} points above it." in text
+
+
 def test_hardly_any_map_is_left_at_the_published_skip():
     """As notebook 3 says: its text stands beside the formula."""
     shares = [share for name, runs in report.load(RESULTS).items() if name.endswith("-refined")
