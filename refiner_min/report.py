@@ -27,7 +27,7 @@ class Table:
     title: str
     rows: dict[str, str]
     against: tuple[str, ...] = ("plain",)
-    beside: dict[str, str] = field(default_factory=dict)  # of another table and commit, to compare with, too
+    beside: dict[str, str] = field(default_factory=dict)  # of another table, whose commit trains alike
 
 
 def rows(prefix: str, labels: str) -> dict[str, str]:
