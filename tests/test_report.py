@@ -162,8 +162,8 @@ def test_what_is_said_of_the_parts_is_recorded():
     assert records["imagenette-depth12-deeper"].keys() == {0, 1}
     assert (f"with 12 blocks {said('refined', 'plain', 12)} points over a plain ViT\n(12 epochs, three seeds each, "
             f"paired, standard error; at equal time, two seeds, {said('refined', 'deeper', 12)}), its last BatchNorm "
-            f"without\nthe rest {said('normalised', 'plain', 12)}; with 6 blocks {said('refined', 'plain')} (at equal time "
-            f"{said('refined', 'deeper')}) and {said('normalised', 'plain')}. Outside two standard errors\n"
+            f"without\nthe rest {said('normalised', 'plain', 12)}; with 6 blocks {said('refined', 'plain')} (at equal "
+            f"time {said('refined', 'deeper')}) and {said('normalised', 'plain')}. Outside two standard errors\n"
             f"are {said('refined', 'plain', 12)[:4]}, {said('normalised', 'plain', 12)[:4]} (outside the 95 % "
             f"interval, too) and {said('normalised', 'plain')[:4]};") in readme
     for sentence in (
