@@ -196,7 +196,8 @@ def test_a_run_validates_on_what_is_held_out_and_evaluation_on_val(pictures, cap
 
 def test_evaluation_needs_no_training_set_and_builds_no_optimizer(pictures, monkeypatch, capsys):
     """The validation pictures alone give the accuracy of the run, decoded and streamed, of weights with an average."""
-    assert train.main(small(pictures, "--ema", "0.9")) == 0
+    # a run measures its raw weights in its own number format, --eval in float32: with --amp off they are the same
+    assert train.main(small(pictures, "--ema", "0.9", "--amp", "off")) == 0
     row = rows_of("runs/folder")[-1]
     right = round(float(row["val_accuracy"]) * 12)
     shutil.copytree(pictures / "val", "alone/val")
