@@ -240,7 +240,7 @@ def lines(series: dict[str, tuple[list, list]], xlabel: str, ylabel: str, **limi
         axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
     if len(series) > 1:
-        figure.legend(loc="outside upper center", frameon=False)
+        figure.legend(loc="outside upper center", ncols=1 if len(series) <= 4 else 2, frameon=False)
     return figure
 
 
