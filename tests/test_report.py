@@ -155,27 +155,36 @@ def test_what_is_said_of_the_parts_is_recorded():
 
     records = report.load(RESULTS)
     readme, text = ((ROOT / path).read_text() for path in ("README.md", "notebooks/05_full_training.ipynb"))
-    kinds = [f"depth{depth}-{label}" for depth in (6, 12)
-             for label in ("plain", "deeper", "refined", "sharing", "normalised")]
-    kinds += [f"depth6-{label}" for label in ("expansion", "convolution", "small-branch")]
+    labels = ("plain", "deeper", "refined", "expansion", "convolution", "sharing", "normalised")
+    kinds = [f"depth{depth}-{label}" for depth in (6, 12) for label in labels] + ["depth6-small-branch"]
     assert all(records[f"imagenette-{kind}"].keys() == {0, 1, 2} for kind in kinds)
-    assert (f"with 12 blocks {said('refined', 'plain', 12)} points over a plain ViT\n(12 epochs, three seeds each, "
-            f"paired, standard error; at equal time {said('refined', 'deeper', 12)}), its last BatchNorm "
-            f"without\nthe rest {said('normalised', 'plain', 12)}; with 6 blocks {said('refined', 'plain')} (at equal "
-            f"time {said('refined', 'deeper')}) and {said('normalised', 'plain')}. Outside two standard errors\n"
-            f"are {said('refined', 'plain', 12)[:4]}, {said('normalised', 'plain', 12)[:4]} (outside the 95 % "
-            f"interval, too) and {said('normalised', 'plain')[:4]};") in readme
+    summary = (
+        f"12 epochs, 3 seeds, paired, with standard error: with 12 blocks {said('refined', 'plain', 12)} (at equal "
+        f"time {said('refined', 'deeper', 12)}), convolution alone {said('convolution', 'plain', 12)}, expansion alone "
+        f"{said('expansion', 'plain', 12)}, its last BatchNorm alone {said('normalised', 'plain', 12)}; with 6 blocks "
+        f"{said('refined', 'plain')} (at equal time {said('refined', 'deeper')}; 50 epochs, one seed: "
+        f"{report.difference(records['headline-refined'], records['headline-plain'])}), the BatchNorm "
+        f"{said('normalised', 'plain')}. Outside two standard errors: {said('normalised', 'plain')[:4]} and, at equal "
+        "depth, all with 12.")
+    assert summary in " ".join(readme.split())
     for sentence in (
         f"`normalised` stands at {said('normalised', 'plain', 12)} points from the plain ViT, and at "
         f"{said('normalised', 'refined', 12)} from the refiner as published,",
         f"shared as it is comes to {said('sharing', 'plain', 12)}, a deeper plain ViT to "
         f"{said('deeper', 'plain', 12)}, the refiner itself to {said('refined', 'plain', 12)}.",
+        f"Expansion alone comes to {said('expansion', 'plain', 12)}, convolution alone to "
+        f"{said('convolution', 'plain', 12)}. Both",
+        f"`normalised` (by {said('normalised', 'expansion', 12)[1:]} and {said('normalised', 'convolution', 12)[1:]}, ",
+        f"the refiner is {said('refined', 'expansion', 12)} from expansion (outside two standard errors) and "
+        f"{said('refined', 'convolution', 12)} from convolution.",
         f"`normalised` at {said('normalised', 'plain')}, the refiner at {said('refined', 'plain')}, and "
         f"{said('normalised', 'refined')} between them.",
-        f"expansion alone comes to {said('expansion', 'plain')}, convolution alone to "
+        f"Expansion alone comes to {said('expansion', 'plain')}, convolution alone to "
         f"{said('convolution', 'plain')}, and a branch that begins as small as trained maps are, to "
-        f"{said('small-branch', 'plain')}. At equal time the refiner stands at {said('refined', 'deeper')} with six "
-        f"blocks and at {said('refined', 'deeper', 12)} with twelve.",
+        f"{said('small-branch', 'plain')}.",
+        f"At equal time the refiner stands at {said('refined', 'deeper')} with six blocks and at "
+        f"{said('refined', 'deeper', 12)} with twelve.",
+        f"they do with twelve: {said('normalised', 'deeper', 12)}, outside the 95 % interval.",
     ):
         assert sentence in text
 
@@ -191,7 +200,11 @@ def test_what_is_concluded_of_the_parts_follows():
         ("normalised", "refined", 12, (True, True)), ("normalised", "sharing", 12, (True, True)),
         ("refined", "deeper", 12, (False, False)), ("refined", "plain", 6, (False, False)),
         ("refined", "deeper", 6, (False, False)), ("normalised", "plain", 6, (True, False)),
-        ("normalised", "refined", 6, (True, False)),
+        ("normalised", "refined", 6, (True, False)), ("expansion", "plain", 12, (True, True)),
+        ("convolution", "plain", 12, (True, True)), ("normalised", "expansion", 12, (True, False)),
+        ("normalised", "convolution", 12, (True, True)), ("refined", "expansion", 12, (True, False)),
+        ("refined", "convolution", 12, (False, False)), ("expansion", "convolution", 12, (True, False)),
+        ("normalised", "deeper", 12, (True, True)),
     ):
         found = difference(one, other, depth)
         assert (abs(found.points) > 2 * found.error, found.outside()) == errors, (one, other, depth)
