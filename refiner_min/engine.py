@@ -26,7 +26,7 @@ from refiner_min.evaluation import evaluate
 from refiner_min.foreign import check_alike, check_fields
 from refiner_min.memory import recompute_maps, statistics_kept
 from refiner_min.model import RefinerViT
-from refiner_min.recipes import VERSION, Recipe, scale_branches, schedule
+from refiner_min.recipes import VERSION, Recipe, scale_refinements, schedule
 from refiner_min.relabel import Labels, TokenLabelLoss, box_share, mix_token_box, pool_label_map
 from refiner_min.step import LOSS_HINT, LossWatch, make_augmentation, make_mixing, parameter_groups
 from refiner_min.stopping import SaveClock, StopRequest
@@ -45,8 +45,7 @@ class Run:
         self.local_batch = recipe.batch_size // (self.world * accumulate)  # pictures at once in this process
         self.eval_batch = eval_batch or self.local_batch
         self.steps_per_epoch = len(subset.train) // recipe.batch_size
-        if recipe.branch_scale != 1:
-            scale_branches(net, recipe.branch_scale)
+        scale_refinements(net, recipe)
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if recipe.sync_bn and self.world > 1 else net
         self.model = net.to(device)
         self.settings = hardware.set_up_training(self.model, device, recipe.amp)

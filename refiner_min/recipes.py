@@ -38,6 +38,7 @@ class Recipe:
     unrefined: bool = option(False, "pairs share the map as it is: what sharing alone does")
     branch_scale: float = option(1.0, "deviation with which the refinement's branch begins; 1, as published; 0 leaves "
                                  "it out: the map is only normalised", 0, 1000)
+    map_scale: float = option(1.0, "size with which a refined map begins; 1, as published", 0.001, 1000)
     drop_path: float = option(0.0, "rate of stochastic depth at the last block", 0, 0.99)
     epochs: int = option(12, "passes over the training pictures", 1, 10**6)
     batch_size: int = option(64, "pictures a step, over all processes together", 1, 2**24)
@@ -325,16 +326,22 @@ def build_model(recipe: Recipe, num_classes: int, channels: int = 3, dense: bool
         raise UserError(f"no such model can be made here: {(str(error) or 'out of memory').splitlines()[0]}") from None
 
 
-def scale_branches(net: model.RefinerViT, scale: float):
-    """Let what the refinement adds to a map begin with this deviation instead of its own; with 0 it stays at nothing.
-    Beside a deviation of 1 the map itself, of about 0.001 when untrained and 0.02 when trained (ti), is nothing.
-    UserError: nothing is added there."""
-    norms = [module.reduce[1] for module in net.modules()
-             if isinstance(module, model.Refinement) and module.norm is not None]
-    if not norms:
-        raise UserError(f"--branch-scale {scale:g} is of a refinement with BatchNorm, which this model does not have")
-    for norm in norms:
-        torch.nn.init.constant_(norm.weight, scale).requires_grad_(scale > 0)
+def scale_refinements(net: model.RefinerViT, recipe: Recipe):
+    """Let what a refinement adds to a map begin with the deviation branch_scale instead of 1, at 0 staying at nothing,
+    and the refined map with map_scale times the published size. Beside a deviation of 1 the map itself, of about 0.001
+    when untrained and 0.02 when trained (ti), is nothing. UserError: there is no refinement with BatchNorm."""
+    refinements = [module for module in net.modules()
+                   if isinstance(module, model.Refinement) and module.norm is not None]
+    for name, norms in (("branch_scale", [refinement.reduce[1] for refinement in refinements]),
+                        ("map_scale", [refinement.norm for refinement in refinements])):
+        scale = getattr(recipe, name)
+        if scale == 1:  # given weights keep theirs
+            continue
+        if not norms:
+            raise UserError(f"--{name.replace('_', '-')} {scale:g} is of a refinement with BatchNorm, which this model "
+                            "does not have")
+        for norm in norms:
+            torch.nn.init.constant_(norm.weight, scale).requires_grad_(scale > 0)
 
 
 WARMUP_LR = 1e-6  # where the warm-up begins, as published

@@ -41,6 +41,9 @@ TABLES = [
           ("plain", "deeper")),
     Table("normalised12", "No branch, the shared map only normalised: Imagenette, 64 px, depth 12",
           rows("imagenette-depth12", "normalised"), (), rows("imagenette-depth12", "plain refined sharing")),
+    Table("small12", "Refined maps that begin smaller: Imagenette, 64 px, depth 12",
+          rows("imagenette-depth12", "normalised-small every-block-small"), (),
+          rows("imagenette-depth12", "plain refined normalised every-block")),
     Table("depth6", "Imagenette, 64 px, depth 6", rows("imagenette-depth6", PARTS), ("plain", "deeper")),
     Table("branch", "What is added to a map, and less of it: Imagenette, 64 px, depth 6",
           rows("imagenette-depth6", "plain sharing small-branch") | {"published": "imagenette-depth6-refined"}),
@@ -100,7 +103,9 @@ each pair; expansion and convolution: that part alone; every-block: each block r
 form; sharing: pairs share the map as it is, and hand a part of it on to the next pair, as the refined one does too;
 small-branch: what is added to a map begins with a deviation of 0.02 (as trained maps have; untrained ones 0.001), and
 not of 1; normalised: nothing is added, the shared map goes through the last BatchNorm and its scale (the branch's
-parameters are there, and count, but do nothing).
+parameters are there, and count, but do nothing); normalised-small: what comes out of it begins a tenth as large, as
+trained maps are unrefined; every-block-small: refined maps begin as large as in the pairs, a seventh (as published,
+the last BatchNorm's output is divided by the root of a head's channels where a map is shared, and not where it is not).
 
 The second table of each is of the same models over validation pictures, means over their blocks
 ([measures.py](../../refiner_min/measures.py) defines each; what a row's runs were not measured for is left out): how
@@ -250,7 +255,7 @@ def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, d
             for label, runs in there.items()]
     lines += ["", f"![](study-{table.name}.png)"]
     lines += [f"![](study-{table.name}-why.png)"] if {"plain", "refined"} <= there.keys() else []
-    above = f"; {', '.join(beside)}: the table above" if beside else ""
+    above = f"; {', '.join(beside)}: above" if beside else ""
     lines += ["", f"Commit {', '.join(commits)}; {first['hardware']}{above}:", ""]
     return "\n".join([f"## {table.title}", "", *lines, *(f"- {run}" for run in runs), ""])
 

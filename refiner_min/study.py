@@ -105,6 +105,11 @@ GROUPS = [
           experiments("imagenette-depth12", DEEP, {"sharing": 12, "deeper": 18, "expansion": 17, "convolution": 17,
                                                    "every-block": 22},
                       PARTS | {"sharing": "--unrefined", "deeper": "--no-refine --depth 17"}), seeds=3),
+    Group("is it the size of the refined maps, at depth 12? They begin as small as trained maps are unrefined; where "
+          "every block refines its own, as small as those of the pairs",
+          experiments("imagenette-depth12", DEEP, {"normalised-small": 17, "every-block-small": 22},
+                      {"normalised-small": "--branch-scale 0 --map-scale 0.1",
+                       "every-block-small": "--no-share --map-scale 0.144"}), seeds=3),
     Group("which part does it where a token's label depends on its neighbours",
           experiments("scenes", "--subset digit-scenes", dict.fromkeys((*PARTS, "deeper"), 1.5),
                       PARTS | {"deeper": "--no-refine --depth 8"}), seeds=5),

@@ -338,6 +338,7 @@ FAULTS = [  # description, file, what stands there, what takes its place, and th
      "Image.open(source)"),
     ("answers that are not finite presented", "train", "if not math.isfinite(score.loss):", "if False:", "foreign"),
     ("learning rate not scaled with the batch", "recipes", "preset.lr * larger", "preset.lr"),
+    ("refined maps of given weights begin anew", "recipes", "if scale == 1:", "if False:", "train"),
     ("a loss that is not finite goes on", "step", "        if bad < math.inf:", "        if False:"),
     ("several processes evaluate with several statistics", "distributed", "dist.broadcast(tensor, 0)", "pass"),
     ("another run overwritten", "train", "    if held:", "    if False:"),

@@ -136,22 +136,25 @@ def test_sizes_that_are_not_given_are_the_models():
         recipes.build_model(choose_recipe("imagenette", CPU, {"heads": 5}), 10)
 
 
-def test_the_branch_may_begin_small():
+@pytest.mark.parametrize("field, norm", [("branch_scale", "reduce.1"), ("map_scale", "norm")])
+def test_the_branch_and_the_refined_map_may_begin_small(field, norm):
     """Nothing else differs."""
-    published, small = (recipes.build_model(choose_recipe("imagenette", CPU, {}), 10) for _ in range(2))
-    recipes.scale_branches(small, 0.02)
+    recipe = choose_recipe("imagenette", CPU, {field: 0.02})
+    published, small = (recipes.build_model(recipe, 10) for _ in range(2))
+    recipes.scale_refinements(small, recipe)
     other = {name for name, value in small.state_dict().items() if not torch.equal(value, published.state_dict()[name])}
-    assert other == {f"blocks.{index}.attention.refinement.reduce.1.weight" for index in (1, 3, 5)}
+    assert other == {f"blocks.{index}.attention.refinement.{norm}.weight" for index in (1, 3, 5)}
     assert all(small.state_dict()[name].tolist() == pytest.approx([0.02] * 4) for name in other)
     for words in ({"refine": False}, {"unrefined": True}, {"linear": True}):
-        with pytest.raises(UserError, match="--branch-scale 0.02 is of a refinement with BatchNorm"):
-            recipes.scale_branches(recipes.build_model(choose_recipe("imagenette", CPU, words), 10), 0.02)
+        recipe = choose_recipe("imagenette", CPU, words | {field: 0.02})
+        with pytest.raises(UserError, match=f"--{field.replace('_', '-')} 0.02 is of a refinement with BatchNorm"):
+            recipes.scale_refinements(recipes.build_model(recipe, 10), recipe)
 
 
 OTHER = {  # another value than any preset's, for every field of a recipe
     "model": "s", "dim": 96, "depth": 4, "heads": 2, "img_size": 24, "patch_size": 4, "refine": False, "share": False,
-    "expand": 2, "kernel_size": 5, "linear": True, "unrefined": True, "branch_scale": 0.7, "hold_out": 0.07,
-    "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
+    "expand": 2, "kernel_size": 5, "linear": True, "unrefined": True, "branch_scale": 0.7, "map_scale": 0.7,
+    "hold_out": 0.07, "drop_path": 0.07, "epochs": 3, "batch_size": 7, "lr": 0.007, "min_lr": 0.0007,
     "warmup_epochs": 0.7, "cooldown_epochs": 1, "weight_decay": 0.07, "ema": 0.7, "smoothing": 0.07,
     "dense_weight": 0.7, "token_labels": False, "mix_token": True, "mixup": 0.7, "cutmix": 0.7,
     "crop_min": 0.57, "crop_max": 1.7, "draft": False, "flip": 0.7, "turn": 7.0, "colour": 0.7, "randaugment": 7.5,

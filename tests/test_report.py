@@ -98,7 +98,7 @@ def test_rows_of_another_table_are_compared_with():
     text = report.text(records, {"images_per_second": {}})
     assert "| model | seeds | parameters | accuracy | to plain | img/s | minutes |" in text
     assert "| normalised | 2 | 1,234 | 64.0 ± 1.4 % | +3.0 | - | - |" in text
-    assert "Commit ccccccc; a machine; plain: the table above:" in text
+    assert "Commit ccccccc; a machine; plain: above:" in text
 
 
 def test_the_table_of_the_neighbours():

@@ -507,6 +507,7 @@ def test_a_branch_that_is_off_stays_off(pictures, monkeypatch):
     assert torch.allclose(maps.refined, expected + shift[:, None, None], atol=1e-5)
     again = run_of(pictures, "--branch-scale", "0.5", "--weights", "whole/best.pt").model  # of given weights as well
     assert again.blocks[1].attention.refinement.reduce[1].weight.tolist() == [0.5] * 4
+    assert torch.equal(again.blocks[1].attention.refinement.norm.weight, norm.weight)  # which keep the rest
 
 
 def test_validated_every_few_epochs_and_after_the_last(pictures, monkeypatch):
