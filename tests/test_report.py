@@ -214,6 +214,14 @@ def test_what_is_concluded_of_the_parts_follows():
     leads = [report.difference(*(after(epoch, records[f"imagenette-depth12-{label}"])
                                  for label in ("normalised", "plain"))).points for epoch in (4, 8, 12)]
     assert leads == sorted(leads, reverse=True)
+    sizes = {label: [size for run in records[f"imagenette-depth12-{label}"].values()
+                     for size in report.known(run["measures"]["map_deviation"][first:])]
+             for label, first in (("refined", 0), ("every-block", 1))}
+    pairs, every = (f"{min(found):.2f} to {max(found):.2f}" for found in sizes.values())
+    alone = difference("every-block", "plain", 12)
+    assert records["imagenette-depth12-every-block"].keys() == {0, 1} and alone.outside()
+    assert f"With two seeds so far, twelve such blocks stand at {alone} points (outside the 95 % interval)." in text
+    assert f"have a deviation of {every} from the second block on, in the pairs {pairs}." in text
     gains = {name: [gain for run in records[f"imagenette-{name}"].values()
                     for gain in report.known(run["measures"]["gain"])]
              for name in ("depth6-normalised", "depth12-normalised", "depth6-refined")}
