@@ -218,6 +218,7 @@ def test_what_is_concluded_of_the_parts_follows():
                      for size in report.known(run["measures"]["map_deviation"][first:])]
              for label, first in (("refined", 0), ("every-block", 1))}
     pairs, every = (f"{min(found):.2f} to {max(found):.2f}" for found in sizes.values())
+    assert "imagenette-depth12-every-block-small" not in records and "which begins with a seventh, will say" in text
     alone = difference("every-block", "plain", 12)
     assert records["imagenette-depth12-every-block"].keys() == {0, 1} and alone.outside()
     assert f"With two seeds so far, twelve such blocks stand at {alone} points (outside the 95 % interval)." in text
