@@ -220,8 +220,8 @@ def test_what_is_concluded_of_the_parts_follows():
     pairs, every = (f"{min(found):.2f} to {max(found):.2f}" for found in sizes.values())
     assert "imagenette-depth12-every-block-small" not in records and "which begins with a seventh, will say" in text
     alone = difference("every-block", "plain", 12)
-    assert records["imagenette-depth12-every-block"].keys() == {0, 1} and alone.outside()
-    assert f"With two seeds so far, twelve such blocks stand at {alone} points (outside the 95 % interval)." in text
+    assert records["imagenette-depth12-every-block"].keys() == {0, 1, 2} and alone.outside()
+    assert f"Twelve such blocks stand at {alone} points (outside the 95 % interval of three seeds)." in text
     assert f"have a deviation of {every} from the second block on, in the pairs {pairs}." in text
     gains = {name: [gain for run in records[f"imagenette-{name}"].values()
                     for gain in report.known(run["measures"]["gain"])]
