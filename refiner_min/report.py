@@ -61,6 +61,8 @@ TABLES = [
     Table("depth24", "Imagenette, 64 px, depth 24, dim 128", rows("imagenette-depth24", "plain refined")),
     Table("recipe", "Which recipe for many epochs: Imagenette, 64 px, 40 epochs, on a tenth of the training pictures",
           rows("recipe", "preset cutmix mixing strong fast"), ("preset",)),
+    Table("recipe-rate", "And without cutmix: Imagenette, 64 px, 40 epochs, on a tenth of the training pictures",
+          rows("recipe", "rate mild mild-rate"), (), rows("recipe", "preset cutmix")),
     Table("headline", "The small model from scratch: Imagenette, 64 px, 50 epochs", rows("headline", "plain refined")),
     Table("headline-normalised", "A head start or a better model: Imagenette, 64 px, 50 epochs",
           rows("headline", "normalised"), (), rows("headline", "plain refined")),

@@ -80,6 +80,9 @@ GROUPS = [
                       {"preset": "", "cutmix": "--cutmix 1", "mixing": "--mixup 0.8 --cutmix 1",
                        "strong": "--mixup 0.8 --cutmix 1 --drop-path 0.1 --crop-min 0.2 --colour 0.4 --erasing 0.25",
                        "fast": "--cutmix 1 --lr 2e-3"}), seeds=1),
+    Group("and without cutmix, which costs more in 40 epochs than it gives: twice the rate, a little mixup, both?",
+          experiments("recipe", f"{LONG} --hold-out 0.1 --epochs 40", dict.fromkeys(("rate", "mild", "mild-rate"), 50),
+                      {"rate": "--lr 2e-3", "mild": "--mixup 0.2", "mild-rate": "--mixup 0.2 --lr 2e-3"}), seeds=1),
     Group("how far does a small model get from scratch, refined and plain? Its weights come with the package",
           experiments("headline", f"{LONG} --epochs 50 --cutmix 1", {"refined": 70, "plain": 50}), seeds=1),
     Group("which part of the refinement does it, at depth 6; a deeper plain ViT takes the refined one's time; sharing: "
