@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -106,10 +107,10 @@ class PackedLabels:
         return names.decode("utf-8", "surrogateescape").split("\n")[:-1]
 
     def find(self, names: list[str]) -> np.ndarray:
-        """The rows of the pictures. UserError: how many have none."""
+        """The rows of the pictures. UserError: how many have none, or that two have the same."""
         _, lines = self.describe(self.folder)
         rows = {name: row for row, name in enumerate(lines) if name not in self.skipped}
-        _check_found(self.folder, names, [name in rows for name in names])
+        _check_found(self.folder, names, names, rows)
         found = np.array([rows[name] for name in names])
         self.read(found[:1])  # so that what is wrong is told before training starts
         return found
@@ -209,10 +210,10 @@ class LabelFiles:
         self.folder, self.num_classes, self.annotator, self.skipped = folder, num_classes, "published files", set()
 
     def find(self, names: list[str]) -> np.ndarray:
-        """The files of the pictures, below the folder. UserError: how many have none."""
+        """The files of the pictures, below the folder. UserError: how many have none, or that two have the same."""
         there = {f"{path.parent.name}/{path.stem}" for path in self.folder.glob("*/*.pt")}
         stems = [f"{Path(name).parts[0]}/{Path(name).name.split('.')[0]}" for name in names]
-        _check_found(self.folder, names, [stem in there for stem in stems])
+        _check_found(self.folder, names, stems, there)
         self.shape = self._load(self.folder / f"{stems[0]}.pt").shape  # that of all
         self.read(stems[:1])  # so that maps of other classes are told before training starts
         return np.array(stems)
@@ -240,10 +241,16 @@ class LabelFiles:
         return planes
 
 
-def _check_found(folder: Path, names: list[str], found: list[bool]):
+def _check_found(folder: Path, names: list[str], keys: list[str], there):
+    """UserError: a picture has no map there by its key, or two have one."""
+    found = [key in there for key in keys]
     if not all(found):
         raise UserError(f"{folder} has no map for {found.count(False)} of the {len(names)} training pictures, "
                         f"{names[found.index(False)]} the first of them: was it made for this set?")
+    (key, count), = Counter(keys).most_common(1)
+    if count > 1:
+        raise UserError(f"{folder} has one map for {count} training pictures that are called {key}: rename all but the "
+                        f"one that it was made of")
 
 
 def _checked(maps: LabelMap, num_classes: int, sources: list) -> LabelMap:

@@ -76,6 +76,14 @@ def test_pictures_without_a_map_are_counted(kind, request):
         labels.find(["n01440764/x", NAMES[0], "other/a"])
 
 
+@pytest.mark.parametrize("kind, twins", [("store", ["b", "b"]), ("files", ["b.1", "b.2"])])
+def test_no_two_pictures_learn_from_one_map(kind, twins, request):
+    """b.png was added beside b.jpg, or the published stems are the same."""
+    labels = open_labels(request.getfixturevalue(kind), list(CLASSES))
+    with pytest.raises(UserError, match="has one map for 2 training pictures that are called n01440764/b: rename"):
+        labels.find([NAMES[0], *(f"n01440764/{name}" for name in twins)])
+
+
 def test_pictures_that_were_left_out_have_no_map(tmp_path):
     folder = pack_labels(tmp_path / "labels", NAMES, *random_labels(4), skipped=[NAMES[1]])
     with pytest.raises(UserError, match=f"has no map for 1 of the 4 training pictures, {NAMES[1]}"):
