@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from refiner_min import UserError, hardware, model, run_command, write_json
+from refiner_min import UserError, hardware, model, out_of_memory, run_command, write_json
 from refiner_min.floor import count, least_seconds, probes, step
 from refiner_min.fold import fold
 from refiner_min.memory import kept_bytes, recompute_maps, refinement_bytes
@@ -94,7 +94,7 @@ def measure(build: Callable, batch_size: int, training: bool, device: torch.devi
     images, hard = torch.randn(shape, device=device), probes(device)
     words = reference, build, images, training
     first = Elsewhere(*words) if device.type == "cpu" else reference(*words[1:])
-    compared = [Variant("reference", "float32", False, first), *variants(build, images, training)]
+    compared = [Variant("reference", "float32", False, first), *filter(can_be_run, variants(build, images, training))]
     calls = [variant.call for variant in compared]
     times = medians([*calls, *(call for call, _ in hard.values())], rounds, device)
     rates = {name: amount / taken for (name, (_, amount)), taken in zip(hard.items(), times[len(calls):])}
@@ -113,6 +113,20 @@ def measure(build: Callable, batch_size: int, training: bool, device: torch.devi
     if isinstance(first, Elsewhere):
         first.close()
     return list(rows.values())
+
+
+def can_be_run(variant: Variant) -> bool:
+    """Whether this machine can compile it, if that is wanted; says so if not."""
+    try:
+        if variant.compiled:
+            variant.call()
+    except RuntimeError as error:  # all that torch.compile fails with, be it for want of a compiler
+        if out_of_memory(error):
+            raise
+        print(f"{variant.name} in {variant.dtype}, compiled: left out, torch.compile fails here "
+              f"({str(error).strip().splitlines()[0]})")
+        return False
+    return True
 
 
 def map_memory(device: torch.device) -> str:

@@ -34,6 +34,18 @@ def test_every_variant_has_its_row(mode, last, tmp_path, capsys):
     assert "matrix product in bfloat16" in said and "copy: " in said
 
 
+def test_a_machine_without_a_compiler_leaves_the_compiled_out(monkeypatch, capsys):
+    def fail(*words):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda network: fail)
+    assert bench.main(SMALL) == 0
+    said = capsys.readouterr().out
+    assert "compiled in float32, compiled: left out, torch.compile fails here (no compiler)\n" in said
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("%")] == [
+        "reference", *2 * ["eager"], *2 * ["folded"], *2 * ["timm"]]
+
+
 def test_the_memory_of_the_maps_is_that_of_the_formula(monkeypatch):
     monkeypatch.setattr(bench.itertools, "product", lambda *_: [("s", 64), ("m", 96), ("l", 128)])
     for line in bench.map_memory(torch.device("cpu")).splitlines()[1:]:
