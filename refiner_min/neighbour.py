@@ -18,7 +18,7 @@ from torch import nn
 
 from refiner_min import UserError, hardware, run_command, seed_for, write_json
 from refiner_min.model import Block, RefinerConfig
-from refiner_min.records import origin
+from refiner_min.records import gone_on_with, origin, recorded
 from refiner_min.stopping import claim
 
 SYMBOLS, SIDE = 20, 4  # the row is as long as a grid of SIDE x SIDE is when it is flattened
@@ -122,7 +122,7 @@ def run(task: str, variant: str, blocks: int, steps: int, seed: int) -> dict:
 # The command
 
 
-def recorded(path: Path) -> set[tuple]:
+def rows_of(path: Path) -> set[tuple]:
     """The task, variant, blocks, steps and seed of each row that is there. UserError: it holds something else."""
     if not path.exists():
         return set()
@@ -135,24 +135,23 @@ def recorded(path: Path) -> set[tuple]:
 
 
 def record(out: Path):
-    """All of RUNS, each with every seed; what stands in neighbour.csv already is not run again. UserError: it cannot
-    be read or written."""
-    path = out / "neighbour.csv"
-    done = recorded(path)
+    """All of RUNS, each with every seed; what stands in neighbour.csv already is not run again. Where rows were made
+    stands in neighbour.json, as config.json says it of a run. UserError: it cannot be read or written."""
+    path, facts, here = out / "neighbour.csv", out / "neighbour.json", origin(hardware.choose_device("cpu"))
+    done = rows_of(path)
+    missing = [(*wanted, seed) for wanted in RUNS for seed in range(SEEDS) if (*map(str, (*wanted, seed)),) not in done]
+    if missing:
+        made = recorded(facts) or {"command": "python -m refiner_min.neighbour", **here}
+        write_json(facts, gone_on_with(made, here, rows=len(done)))
     with open(path, "a", newline="") as file:
-        for wanted in RUNS:
-            for seed in range(SEEDS):
-                if tuple(map(str, (*wanted, seed))) in done:
-                    continue
-                row = run(*wanted, seed)
-                writer = csv.DictWriter(file, row)
-                if file.tell() == 0:
-                    writer.writeheader()
-                writer.writerow(row)
-                file.flush()
-                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    write_json(out / "neighbour.json", {"command": "python -m refiner_min.neighbour",
-                                        **origin(hardware.choose_device("cpu"))})
+        for wanted in missing:
+            row = run(*wanted)
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 def main(arguments=None) -> int:

@@ -163,16 +163,22 @@ def package_commit() -> str | None:
 
 def note_resumed(run):
     """Say in config.json where a run goes on at another commit, with other versions or on other hardware."""
-    record, here = _recorded(run.out / "config.json"), origin(run.device)
-    if not record or run.step == run.recipe.epochs * run.steps_per_epoch:  # which trains nothing more
-        return
+    record = recorded(run.out / "config.json")
+    if record and run.step < run.recipe.epochs * run.steps_per_epoch:  # else it trains nothing more
+        write_json(run.out / "config.json", gone_on_with(record, origin(run.device), step=run.step))
+
+
+def gone_on_with(record: dict, here: dict, **at: int) -> dict:
+    """The facts of a record, and, where its origin was another than here the last time, that it goes on here. at: how
+    far it is."""
     resumed = record.get("resumed", [])
-    if any((resumed or [record])[-1].get(name) != value for name, value in here.items()):
-        write_json(run.out / "config.json", record | {"resumed": [*resumed, {"step": run.step, **here}]})
+    if all((resumed or [record])[-1].get(name) == value for name, value in here.items()):
+        return record
+    return record | {"resumed": [*resumed, at | here]}
 
 
-def _recorded(path: Path) -> dict:
-    """What config.json says; nothing where there is none, or a damaged one."""
+def recorded(path: Path) -> dict:
+    """What a file of facts says; nothing where there is none, or a damaged one."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -184,7 +190,7 @@ def finish(run, arguments: list[str]):
     write_history(run.out, run.history, run.title)
     result = results(run.history, averaged=run.ema is not None)
     path = run.out / "config.json"
-    write_json(path, (_recorded(path) or facts(run, arguments)) | {"result": result})
+    write_json(path, (recorded(path) or facts(run, arguments)) | {"result": result})
     weights = "the weights' moving average" if run.ema is not None else "the weights"
     print(f"accuracy {result['accuracy']:.2%} with {weights} (best {result['best_accuracy']:.2%} after epoch "
           f"{result['best_epoch']}), {result['training_minutes']:.1f} minutes of training: {run.out}/best.pt, "

@@ -87,6 +87,15 @@ def test_the_record_is_of_all_runs_and_goes_on(tmp_path, monkeypatch):
     neighbour.main(["--out", "made"])
     assert ran == [("below", "linear", 2, 40, 0), ("below", "linear", 2, 40, 1)]
     without_times = [line.rsplit(",", 1)[0] for line in whole.splitlines()]
+    assert json.loads((tmp_path / "made" / "neighbour.json").read_text()) == facts  # made at the same place
+    (tmp_path / "made" / "neighbour.csv").write_text("".join(whole.splitlines(keepends=True)[:4]))
+    elsewhere = {**{name: facts[name] for name in ("versions", "commit")}, "hardware": "another machine"}
+    monkeypatch.setattr(neighbour, "origin", lambda device: elsewhere)
+    for _ in range(2):  # the second time there is nothing left to run
+        neighbour.main(["--out", "made"])
+        assert json.loads((tmp_path / "made" / "neighbour.json").read_text()) == facts | {
+            "resumed": [{"rows": 3, **elsewhere}]}
+        monkeypatch.setattr(neighbour, "origin", lambda device: elsewhere | {"hardware": "a third"})
     again = (tmp_path / "made" / "neighbour.csv").read_text().splitlines()
     assert [line.rsplit(",", 1)[0] for line in again] == without_times
 
