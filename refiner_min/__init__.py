@@ -80,7 +80,7 @@ def replacing(path):
     UserError: it could not be written (no such folder, no right, disk full)."""
     path = Path(path)
     mine = f"{platform.node().split('.')[0]}-{os.getpid()}-{secrets.token_hex(4)}"  # several machines share a disk
-    temporary = path.with_name(f"{path.name}.{mine}.tmp")
+    temporary = path.parent / f"{path.name}.{mine}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -10,6 +10,7 @@ What a file of ours holds is FIELDS, and is checked once: check and config_of. I
 """
 
 import argparse
+import errno
 import math
 import os
 from contextlib import suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from refiner_min import UserError, replacing, some
+from refiner_min import UserError, out_of_memory, replacing, some
 from refiner_min.foreign import check_fields, read_torch
 from refiner_min.model import RefinerConfig, RefinerViT
 
@@ -54,7 +55,7 @@ PUBLISHED_NAMES = (  # published part of a parameter's name, ours
 def backup_of(path) -> Path:
     """Where save keeps the file that was at path before: last.pt -> last.backup.pt."""
     path = Path(path)
-    return path.with_name(f"{path.stem}.backup{path.suffix}")
+    return path.parent / f"{path.stem}.backup{path.suffix}"
 
 
 def save(state: dict, path, backup: bool = False):
@@ -65,20 +66,26 @@ def save(state: dict, path, backup: bool = False):
             os.replace(path, backup_of(path))
 
 
-def load(path, map_location="cpu") -> dict:
+class Damaged(UserError):
+    """A file that could be read, and holds no whole checkpoint."""
+
+
+def load(path, map_location="cpu", set_aside: bool = False) -> dict:
     """Read what save wrote, weights_only; one of PRETRAINED by its name, where no file is called so. Where it is
-    damaged or missing, its backup, with a printed word about it. UserError: neither can be read."""
+    damaged or missing, its backup, with a printed word about it; set_aside: a damaged one is moved out of the way, so
+    that the next save does not make it the backup. UserError: neither can be read; or the disk or the memory does not
+    let it be read now, which says nothing of the file."""
     path = Path(path)
     if str(path) in PRETRAINED and not path.exists():
         path = ASSETS / f"{path}.pt"
     backup = backup_of(path)
     try:
         return _read(path, map_location)
-    except (UserError, FileNotFoundError) as error:
+    except (Damaged, FileNotFoundError) as error:
         if not backup.exists():
             raise error if isinstance(error, UserError) else UserError(f"there is no checkpoint {path}") from None
         print(f"{path} is {'damaged' if path.exists() else 'missing'}: going on from the one before it, {backup.name}")
-        if isinstance(error, UserError):  # out of the way, so that the next save does not make it the backup
+        if set_aside and path.exists():
             with suppress(OSError):
                 os.replace(path, path.with_name(f"{path.stem}.damaged{path.suffix}"))
         return _read(backup, map_location)
@@ -95,7 +102,9 @@ def _read(path: Path, map_location="cpu") -> dict:
         raise
     except Exception as error:  # damage shows in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or not a checkpoint ({reason})") from None
+        if out_of_memory(error) or isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise UserError(f"{path} cannot be read ({reason})") from None
+        raise Damaged(f"{path} is damaged or not a checkpoint ({reason})") from None
 
 
 def check(state: dict, path, needed=()):

@@ -244,7 +244,7 @@ def resumed_run(args: argparse.Namespace, given: dict, device: torch.device) -> 
     path = checkpoint_of(args)
     if args.weights or (args.out and Path(args.out) != path.parent):
         raise UserError(f"--resume {path} has its own weights and folder: leave out --weights and --out")
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, set_aside=True)
     if "optimizer" not in state or "recipe" not in state:
         raise UserError(f"{path} is no checkpoint to go on from: --resume takes the folder of a run or its last.pt")
     checkpoint.check(state, path)
@@ -385,7 +385,8 @@ def main(arguments=None) -> int:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            raise UserError("the memory is too small: try a smaller --eval-batch-size or --img-size") from None
+            less = "--eval-batch-size" if args.eval else "--batch-size, more parts of it (--accumulate)"
+            raise UserError(f"the memory is too small: try a smaller {less} or --img-size") from None
 
 
 if __name__ == "__main__":

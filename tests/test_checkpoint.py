@@ -1,6 +1,7 @@
 """checkpoint.py: nothing is lost, damage is told, published files load, and no file runs code."""
 
 import argparse
+import errno
 import pickle
 import resource
 import shutil
@@ -47,11 +48,30 @@ def test_the_one_before_a_damaged_file_is_used(tmp_path, capsys, damage):
     else:
         content[content.find(STATE["weights"].numpy().tobytes()) + 100] ^= 1
         path.write_bytes({"cut in half": content[: len(content) // 2], "one bit": content, "emptied": b""}[damage])
-    assert checkpoint.load(path)["step"] == 1
+    assert checkpoint.load(path)["step"] == 1 and not (tmp_path / "last.damaged.pt").exists()
+    assert checkpoint.load(path, set_aside=True)["step"] == 1
     if damage != "missing":
         assert (tmp_path / "last.damaged.pt").exists()  # and not where the next save would make it the backup
     said = capsys.readouterr().out
     assert "last.backup.pt" in said and ("missing" if damage == "missing" else "damaged") in said
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "stale"), PermissionError(errno.EACCES, "no right"),
+                                   MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    """Else a run would go on from an older one, for a disk that was away for a moment."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(STATE, path)
+    checkpoint.save(STATE | {"step": 2}, path, backup=True)
+
+    def fail(*words, **more):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_torch", fail)
+        with pytest.raises(UserError, match="last.pt cannot be read .(.Errno|MemoryError|CUDA out of memory)"):
+            checkpoint.load(path, set_aside=True)
+    assert checkpoint.load(path)["step"] == 2
 
 
 def test_nothing_to_load(tmp_path):
@@ -60,6 +80,10 @@ def test_nothing_to_load(tmp_path):
     (tmp_path / "last.pt").write_text("not weights")
     with pytest.raises(UserError, match="last.pt is damaged or not a checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"^\. is damaged or not a checkpoint .it is no file"):
+        checkpoint.load(".")
+    with pytest.raises(UserError, match=r"^\. could not be written"):
+        checkpoint.save(STATE, ".")
 
 
 @pytest.mark.slow

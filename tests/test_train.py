@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refiner_min import UserError, checkpoint, data, engine, scenes, train
+from refiner_min import UserError, checkpoint, compiling, data, engine, scenes, train
 from refiner_min.augment import evaluation_picture, normalise
 from refiner_min.model import refiner_vit_m, refiner_vit_s
 from refiner_min.pictures import read_picture
@@ -475,8 +475,13 @@ def test_a_memory_that_is_too_small_is_told_what_helps(pictures, monkeypatch, ra
             train.main(small(pictures, "--out", "big", "--accumulate", "2"))
     assert train.main(["--resume", "big", "--device", "cpu", "--accumulate", "5"]) == 0
     monkeypatch.setattr(train, "evaluate", full)
-    with pytest.raises(UserError, match="^the memory is too small: try a smaller --eval-batch-size"):
+    with pytest.raises(UserError, match="^the memory is too small: try a smaller --eval-batch-size or --img-size$"):
         train.main(small(pictures, "--out", "big", "--eval"))
+    monkeypatch.setattr(compiling, "MANY", 1)
+    monkeypatch.setattr(compiling, "step", full)  # of the trial, before there is a run to go on with
+    with pytest.raises(UserError, match="^the memory is too small: try a smaller --batch-size, more parts "):
+        train.main(small(pictures, "--out", "tried"))
+    assert not Path("tried").exists()
 
 
 def test_the_first_process_chooses_the_number_format_for_all(pictures, monkeypatch):
