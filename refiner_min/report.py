@@ -211,12 +211,17 @@ def difference(one: dict[int, dict], other: dict[int, dict]) -> Difference | Non
 
 def text(records: dict, speed: dict, neighbours: list[dict] = ()) -> str:
     """study.md, of what load, load_speed and load_neighbours give."""
-    hardware = f"{speed['hardware']}, commit {speed['commit'][:7]}" if "hardware" in speed else "not made yet"
+    hardware = f"{speed['hardware']}, commit {short(speed['commit'])}" if "hardware" in speed else "not made yet"
     parts = [INTRODUCTION.format(speed=hardware)]
     for table in TABLES:
         if there := recorded(table, records):
             parts.append(section(table, there, others(table, records), speed["images_per_second"]))
     return "\n".join(parts + ([mechanism(neighbours)] if neighbours else []))
+
+
+def short(commit: str | None) -> str:
+    """A commit as it is written; where there was no repository none is known."""
+    return (commit or "unknown")[:7]
 
 
 def recorded(table: Table, records: dict) -> dict[str, dict[int, dict]]:
@@ -251,7 +256,7 @@ def section(table: Table, there: dict[str, dict[int, dict]], beside: dict[str, d
     for label, found in measured.items():
         lines.append(row([label, *(number(mean([of(one) for one in found])) for of in MEASURES.values()),
                           *(spread(known([one.get(name) for one in found])) for name in ABLATIONS.values())]))
-    commits = sorted({run["commit"][:7] for runs in there.values() for run in runs.values()})
+    commits = sorted({short(run["commit"]) for runs in there.values() for run in runs.values()})
     runs = [f"`{table.rows[label]}`: `{without_seed(next(iter(runs.values()))['command'])}`, seeds "
             + ", ".join(f"[{seed}]({table.rows[label]}-seed{seed}.json)" for seed in sorted(runs))
             for label, runs in there.items()]

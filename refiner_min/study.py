@@ -10,6 +10,7 @@ and label_store, hardware and records.
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -189,8 +190,9 @@ def choose(only: list[str] | None) -> list[Planned]:
 # Running
 
 
-def run_all(runs: list[Planned]) -> int:
-    """Run and record one after the other. Returns 0, or the exit status of the one that was stopped."""
+def run_all(runs: list[Planned], until: float = math.inf) -> int:
+    """Run and record one after the other, and begin nothing after until (time.monotonic's). Returns 0, or the exit
+    status of what was stopped."""
     package_commit()  # now: of the code that all of them run
     for run in runs:
         if run.device == "cuda" and not torch.cuda.is_available():
@@ -201,13 +203,20 @@ def run_all(runs: list[Planned]) -> int:
             add_measures(run)
             continue
         print(f"\n{run.name}", flush=True)
-        if "--relabel" in run.experiment.flags and not labels_are_made():
-            if status := annotate.main(ANNOTATE.split()):
+        for part in (make_labels, train_to_the_end):
+            if time.monotonic() >= until:  # SIGTERM came in the last step of what was before
+                return 128 + signal.SIGTERM
+            if status := part(run):
                 return status
-        if status := train_to_the_end(run):
-            return status
         record(run)
     return 0
+
+
+def make_labels(run: Planned) -> int:
+    """The label maps that the run learns from, where they are wanted and not there. Returns the exit status."""
+    if "--relabel" not in run.experiment.flags or labels_are_made():
+        return 0
+    return annotate.main(ANNOTATE.split())
 
 
 def labels_are_made() -> bool:
@@ -374,7 +383,7 @@ def main(arguments=None) -> int:
     runs, before = choose(args.only), signal.signal(signal.SIGTERM, on_sigterm)
     timer = stop_after(args.minutes) if args.minutes else None
     try:
-        return run_all(runs)
+        return run_all(runs, time.monotonic() + 60 * args.minutes if args.minutes else math.inf)
     finally:
         if timer is not None:
             timer.cancel()

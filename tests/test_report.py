@@ -84,6 +84,9 @@ def test_the_page_holds_what_is_recorded():
     assert list(figures["study-depth12.png"].axes[0].lines[0].get_xdata()) == [5, 10]  # when they were validated
     assert "## Token labels" not in report.text({"imagenette-depth6-refined": runs(0.7)}, {"images_per_second": {}})
     assert "not made yet" in report.text(records, report.load_speed(Path("nowhere")))
+    records["imagenette-depth12-refined"][0]["commit"] = None  # there was no repository
+    assert "Commit ccccccc, unknown; a machine:" in report.text(records, {
+        "hardware": "two cores", "commit": None, "images_per_second": {}})
     tokens = {"scenes-plain": {0: record(0.5, token_accuracy=0.25)}, "scenes-refined": runs(0.5)}
     text = report.text(tokens, {"images_per_second": {}})
     assert "| plain | 1 | 1,234 | 50.0 % | 25.0 % | - | - | - |" in text

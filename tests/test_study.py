@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,15 @@ def test_the_minutes_end_it_inside_and_outside_of_training(toys):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, capture_output=True)
     assert done.returncode == 128 + signal.SIGTERM and not done.stderr
+
+
+def test_nothing_is_begun_once_the_minutes_are_used_up(toys, monkeypatch):
+    """A run that is asked to stop in its last step is at its end, and says nothing of it."""
+    begun, recorded = [], []
+    monkeypatch.setattr(study, "train_to_the_end", lambda run: begun.append(run.name) or time.sleep(0.2) or 0)
+    monkeypatch.setattr(study, "record", lambda run: recorded.append(run.name))
+    assert study.run_all(study.choose(["plain"]), time.monotonic() + 0.1) == 128 + signal.SIGTERM
+    assert begun == recorded == ["plain-seed0"]
 
 
 def test_labels_are_made_first_where_a_run_wants_them(toys, monkeypatch):
