@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from refiner_min import __version__, bench, checkpoint
+from refiner_min import __version__, bench, checkpoint, report
 from tests.mutations import astray
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +219,15 @@ def test_the_weights_that_come_along_are_those_of_the_recorded_runs(name, run):
     assert abs(float(cells[5].removesuffix(" %")) / 100 - accuracy) * pictures <= 2.5  # two pictures, rounded
     flags = record["command"].partition("imagenette2-224 ")[2].partition(" --device")[0]
     assert flags.replace(" --no-refine", "") in card
+
+
+def test_the_card_says_how_its_recipe_compares():
+    held_out = {name: records[0]["result"]["accuracy"] for name, records in report.load(RESULTS).items()
+                if name.startswith("recipe-")}
+    assert len(held_out) == 4 and min(held_out, key=held_out.get) == "recipe-cutmix"
+    behind = 100 * (max(held_out.values()) - held_out["recipe-cutmix"])
+    assert max(held_out, key=held_out.get) == "recipe-preset"
+    assert f"is last, {behind:.1f} points behind the preset's" in (checkpoint.ASSETS / "weights.md").read_text()
 
 
 def spread(values: list[float]) -> str:
