@@ -1,5 +1,7 @@
 """The checks of notebooks/01_attention.ipynb."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -116,6 +118,18 @@ def attend(module: Projections, x, axis=3, scale=1.0, after=1.0, order=(0, 1, 2)
     return (maps.transpose(2, 3) if turned else maps) @ v, maps
 
 
+@contextmanager
+def in_place_told():
+    """For an answer that is trained a few cells later."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise WrongAnswer("it changes a tensor in place that the backward pass needs as it was: compute a new "
+                          "tensor") from None
+
+
 @torch.no_grad()
 def check_attention_forward(forward):
     """forward(self, x) of PlainAttention: (B, N, C) -> (B, N, C) and the maps (B, H, N, N)."""
@@ -127,7 +141,8 @@ def check_attention_forward(forward):
             return module.proj(gathered.transpose(1, 2).flatten(2))
 
         gathered, maps = attend(module, x)
-        found = answer_leaving(lambda given, module=module: forward(module, given), x)
+        with torch.enable_grad(), in_place_told():
+            found = answer_leaving(lambda given, module=module: forward(module, given), x)
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise WrongAnswer("it is to return two things: the tokens (B, N, C) and the maps (B, H, N, N)")
         if all(isinstance(part, torch.Tensor) for part in found) and found[0].shape == maps.shape != x.shape:
@@ -163,6 +178,10 @@ def check_attention_forward(forward):
                 module.proj(gathered.permute(0, 2, 3, 1).flatten(2)),
             "the tokens are added to what was gathered: that is the block's work": x + put_together(gathered),
         })
+        if not found[0].requires_grad:
+            raise WrongAnswer("no gradient comes through: leave out detach() and torch.no_grad()")
+        with torch.enable_grad(), in_place_told():
+            found[0].sum().backward()
     print("right")
 
 

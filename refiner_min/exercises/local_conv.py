@@ -23,7 +23,8 @@ def check_convolve(convolve):
             return F.conv2d(maps, kernels[:, None], padding=k // 2, groups=maps.shape[1])
 
         aside = F.pad(maps, (k // 2 + 1, k // 2 - 1, k // 2, k // 2))
-        compare_quietly(answer_leaving(convolve, maps, kernels), by(kernels), {
+        found = answer_leaving(convolve, maps, kernels)
+        compare_quietly(found, by(kernels), {
             "every head is convolved with the kernel of the first": by(kernels[:1].expand_as(kernels)),
             "the heads are mixed: a kernel a head means groups=H":
                 F.conv2d(maps, kernels[None].expand(heads, -1, -1, -1), padding=k // 2),
@@ -36,6 +37,8 @@ def check_convolve(convolve):
                 F.conv2d(aside, kernels[:, None], groups=heads),
             "the weighted entries are averaged: add them up, do not divide by k * k": by(kernels) / k**2,
         })
+        if found.dtype != dtype:
+            raise WrongAnswer(f"it returned {found.dtype} for maps of {dtype}: the theorem is checked in their format")
     print("right")
 
 
@@ -87,7 +90,7 @@ def around(token, grid, kernel):
 
 def check_effective_window(window):
     """window(token, grid, kernel): the patches that a k x k kernel joins with a patch, as (row, col) on the grid."""
-    for token, grid, kernel in ((6, 4, 3), (4, 4, 3), (1, 4, 3), (16, 4, 5), (12, 5, 7)):
+    for token, grid, kernel in ((6, 4, 3), (4, 4, 3), (1, 4, 3), (16, 4, 5), (3, 4, 9)):
         right = by_index(token, grid, kernel)
         places = answer(window, token, grid, kernel)
         try:

@@ -118,6 +118,20 @@ def forward_changing_x(self, x):
     return found
 
 
+def forward_scaling_in_place(self, x):
+    q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
+    q *= self.scale
+    maps = (q @ k.transpose(2, 3)).softmax(dim=3)
+    return self.proj((maps @ v).transpose(1, 2).flatten(2)), maps
+
+
+def forward_dividing_in_place(self, x):
+    q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
+    maps = (q @ k.transpose(2, 3) * self.scale).exp_()
+    maps /= maps.sum(dim=3, keepdim=True)
+    return self.proj((maps @ v).transpose(1, 2).flatten(2)), maps
+
+
 def cosines(maps, centred=False):
     flat = maps.flatten(2)
     unit = F.normalize(flat - flat.mean(dim=2, keepdim=True) if centred else flat, dim=2)
@@ -277,6 +291,9 @@ WRONG = [
     ("attention_forward", lambda self, x: None, "does it end with a return"),
     ("attention_forward", lambda self, x: (None, None), "returned None, not one tensor"),
     ("attention_forward", forward_changing_x, "in place"),
+    ("attention_forward", lambda self, x: [part.detach() for part in forward(self, x)], "no gradient comes through"),
+    ("attention_forward", forward_scaling_in_place, "in place that the backward pass needs"),
+    ("attention_forward", forward_dividing_in_place, "in place that the backward pass needs"),
     ("map_similarity", lambda maps: cosines(maps).mean(), "compared with itself"),
     ("map_similarity", lambda maps: similarity(maps, factor=1 - 1 / maps.shape[1]), "not H . H"),
     ("map_similarity", lambda maps: similarity(maps, factor=0.5), "counts it twice"),

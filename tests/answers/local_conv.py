@@ -249,6 +249,7 @@ WRONG = [
     ("convolve", lambda maps, kernels: maps, "its numbers differ"),
     ("convolve", lambda maps, kernels: (convolve(maps, kernels),), "a tuple of 1, not one tensor"),
     ("convolve", convolve_in_place, "changes one of its inputs"),
+    ("convolve", lambda maps, kernels: convolve(maps, kernels).float(), "it returned torch.float32 for maps of"),
     ("convolve", lambda maps, kernels: None, "it returned nothing"),
     ("shift_rows", lambda x, offset: shift(x, offset).float(), "of float64 it makes another type"),
     ("shift_rows", lambda x, offset: shift(x, -offset), "with offset -1, the rows are moved the other way"),
@@ -274,6 +275,8 @@ WRONG = [
     ("effective_window", lambda token, grid, kernel: {(1, 0), (1, 1), (1, 2)}, "for token 4 of a grid of 4"),
     ("effective_window", lambda token, grid, kernel: [divmod(index - 1, grid) for index in range(
         token - kernel // 2, token + kernel // 2 + 1) if index <= grid**2], "token 0 is the class token"),
+    ("effective_window", lambda token, grid, kernel: {divmod(index - 1, grid) for index in range(
+        token - kernel // 2, token + kernel // 2 + 1) if index != 0 and index <= grid**2}, "are not on the grid"),
     ("effective_window", unbounded_window, "places that are not on the grid"),
     ("effective_window", lambda token, grid, kernel: [1, 2], "not a set of .row, col."),
     ("convolve_keys", lambda maps, kernels, grid: convolve_keys(maps, kernels, grid)[..., 1:], "column is missing"),

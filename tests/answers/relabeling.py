@@ -231,6 +231,8 @@ WRONG = [
      "with logits of 200"),
     ("masked_token_loss", lambda *case: token_loss(*case, log=lambda logits: (logits.softmax(dim=2) + 1e-12).log()),
      "with logits of 200"),
+    ("masked_token_loss", lambda *case: token_loss(*case, mean=lambda losses, there: losses.sum() / (
+        losses > 0).sum().clamp(min=1)), "count by their labels, not by their losses"),
     ("masked_token_loss", lambda *case: token_loss(*case, mean=lambda losses, there: losses[there].mean()),
      "without any label it is nan"),
     ("masked_token_loss", lambda *case: token_loss(*case).item(), "nothing can be learnt"),
