@@ -97,7 +97,7 @@ class TokenLabelLoss(nn.Module):
 
     Without token labels every token gets the picture's. smoothing s turns a label p into p (1 - s) + s / K, which sums
     to one (the published p (1 - s + s / K) + s / K does not). Source: published, tlt/loss; arXiv:2104.10858.
-    Left out: the published cosine term on the blocks' maps. Its similarity runs over the heads instead of the map, and
+    Left out: Refiner's cosine term on the blocks' maps. Its similarity runs over the heads instead of the map, and
     half of its pairs are one and the same tensor, so it does not do what it is for.
     """
 
