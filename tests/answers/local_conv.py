@@ -173,6 +173,14 @@ def attending(merge=None, raw_gathers=False, no_proj=False, adds=False, passes=N
     return forward
 
 
+def always_refined(self, x, handed=None):
+    """Where a block takes its map."""
+    raw, v = self.raw_map_and_values(x, handed)
+    refined = raw if self.own and (self.config.share or not self.config.refine) else self.refinement(raw)
+    x = self.proj((refined @ v).transpose(1, 2).flatten(2))
+    return x, None if self.config.linear or not self.config.refine else raw if self.config.share else refined
+
+
 def passed_on(only_if):
     """Hands on the map before its refinement wherever only_if(config)."""
     return attending(passes=lambda self, raw, refined, handed: raw if only_if(self.config) else None)
@@ -342,6 +350,7 @@ WRONG = [
     ("pair_forward", attending(passes=lambda self, raw, refined, handed: raw if handed is None else handed),
      "second pair, the map that was handed to it"),
     ("pair_forward", attending(changes=True), "changes one of its inputs"),
+    ("pair_forward", always_refined, "with unrefined=True, .* the map stays as it is"),
     ("pair_forward", lambda self, x, handed=None: (torch.zeros_like(x), handed), "its numbers differ"),
     ("swap_tokens", lambda tokens, box: tokens, "nothing is swapped"),
     ("swap_tokens", lambda tokens, box: swap(tokens, (box[1], box[0], box[3], box[2])), "rows and columns"),
