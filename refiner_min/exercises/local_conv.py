@@ -90,7 +90,7 @@ def around(token, grid, kernel):
 
 def check_effective_window(window):
     """window(token, grid, kernel): the patches that a k x k kernel joins with a patch, as (row, col) on the grid."""
-    for token, grid, kernel in ((6, 4, 3), (4, 4, 3), (1, 4, 3), (16, 4, 5), (3, 4, 9)):
+    for token, grid, kernel in ((6, 4, 3), (4, 4, 3), (1, 4, 3), (16, 4, 5), (12, 5, 7), (3, 4, 9)):
         right = by_index(token, grid, kernel)
         places = answer(window, token, grid, kernel)
         try:

@@ -218,11 +218,13 @@ def check_masked_token_loss(loss):
     compare_quietly(found, torch.stack([masked(*case) for case in cases]),
                     {sentence: torch.stack([of(*case) for case in cases]) for sentence, of in wrong.items()})
     large = 200 * torch.eye(6).expand(1, 6, 6)
+    if not math.isclose(number(answer(loss, large, large.flip(2) / 200)), 200, rel_tol=1e-3):
+        raise WrongAnswer("with logits of 200 it is not 200: the softmax came to zero before its logarithm was taken; "
+                          "log_softmax takes both at once")
     half = torch.cat([large[:, :3], large[:, 3:].flip(2)], dim=1) / 200  # the first three tokens are right: 0 each
     if not math.isclose(number(answer(loss, large, half)), 100, rel_tol=1e-3):
-        raise WrongAnswer("with logits of 200, half of the tokens right, it is not 100: a softmax comes to zero before "
-                          "its logarithm is taken, log_softmax takes both at once; and tokens count by their labels, "
-                          "not by their losses")
+        raise WrongAnswer("where half of the tokens are right for sure it is not 100: tokens count by their labels, not "
+                          "by their losses")
     none = number(answer(loss, cases[0][0], torch.zeros(3, 7, 5)))
     if none != 0:
         raise WrongAnswer(f"without any label it is {none:g}, not 0: divide by at least 1")
