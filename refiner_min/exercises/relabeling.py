@@ -223,7 +223,7 @@ def check_masked_token_loss(loss):
                           "log_softmax takes both at once")
     half = torch.cat([large[:, :3], large[:, 3:].flip(2)], dim=1) / 200  # the first three tokens are right: 0 each
     if not math.isclose(number(answer(loss, large, half)), 100, rel_tol=1e-3):
-        raise WrongAnswer("where half of the tokens are right for sure it is not 100: tokens count by their labels, not "
+        raise WrongAnswer("where half of the tokens are surely right it is not 100: tokens count by their labels, not "
                           "by their losses")
     none = number(answer(loss, cases[0][0], torch.zeros(3, 7, 5)))
     if none != 0:
